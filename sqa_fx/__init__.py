@@ -1,0 +1,1 @@
+"""sqa-fx: rewrite the attention of a trained PyTorch model into Sparse Query Attention, and prove it."""
