@@ -1,0 +1,364 @@
+"""Follow the heads of a site through its region: forward to the output projection, backward to every weight.
+
+Forward from the core, labels reach the contraction that sums over heads (o_proj). Backward from every operand of the core,
+and from every operand that enters the region with a head axis of its own (relative bias, ALiBi slopes, gates), labels reach
+the parameters. What a label cannot cross is either a frontier (the tensor is taken with index_select there) or a refusal.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import fx
+
+from sqa_fx.passes.find import GraphFacts
+from sqa_fx.passes.heads import HeadCount, count_heads
+from sqa_fx.passes.hints import is_tensor, shape_of
+from sqa_fx.passes.labels import (
+    EMPTY,
+    Labels,
+    aligned,
+    compress,
+    heads,
+    high,
+    join,
+    join_over,
+    low,
+    pack,
+    single,
+    varying,
+)
+from sqa_fx.passes.ops import Aligned, Move, Operand, argument, moved_from, op_name, step
+from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site
+
+CORE = "core"
+
+
+def analyse(facts: GraphFacts, name: str, core: Core) -> Site:
+    """Everything the planner and the rewriter need to know of one core. Raises Refused with the reason."""
+    count = count_heads(facts, core)
+    total = len(count.kv_of)
+    if total == 1:
+        raise Refused("one head only: nothing to drop", core.anchor)
+    q_shape, k_shape = shape_of(core.q), shape_of(core.k)
+    kv_len = k_shape[-2] if core.fused else shape_of(core.anchor)[-1]
+    site = Site(
+        name=name,
+        core=core,
+        heads=total,
+        kv_heads=max(count.kv_of) + 1,
+        kv_of=count.kv_of,
+        model_heads=count.model_heads,
+        model_kv_heads=count.model_kv_heads,
+        head_dim=_head_dim(core),
+        q_len=q_shape[-2],
+        kv_len=kv_len,
+    )
+    _Follower(facts, site, count).run()
+    return site
+
+
+def _head_dim(core: Core) -> int:
+    if core.fused:
+        return shape_of(core.q)[-1]
+    score = aligned(core.score)
+    assert score is not None
+    operand = next(o for o in score.operands if o.node is core.q)
+    size = 1
+    for i, d in enumerate(operand.dims):
+        if d is not None and d < 0:
+            size *= shape_of(core.q)[i]
+    return size
+
+
+class _Follower:
+    def __init__(self, facts: GraphFacts, site: Site, count: HeadCount) -> None:
+        self.facts, self.site, self.count = facts, site, count
+        self.labels = site.labels
+        self.all_heads = pack(torch.tensor(0), torch.tensor(site.heads - 1))
+        self.kv = torch.tensor(site.kv_of)
+
+    def run(self) -> None:
+        core, site = self.site.core, self.site
+        site.kinds[CORE] = "core"
+        score = heads(self.count.score)
+        value = heads(self.count.value)
+        if core.fused:
+            self._fused_operands(value)
+        else:
+            self._operands(core.score, score, [(core.q, "q", "core"), (core.k, "k", "kv")])
+        self._forward({core.score: score}, value)
+        if not any(use.role == "o" for use in site.leaves):
+            raise Refused("no output projection sums over the heads", core.value)
+
+    # -- the core's operands -------------------------------------------------------------------------------------
+
+    def _fused_operands(self, value: Labels) -> None:
+        core = self.site.core
+        out = shape_of(core.value)
+        rank = len(out)
+        gqa = bool(argument(core.value, "enable_gqa", False))
+        for node, role, kind in ((core.q, "q", "core"), (core.k, "k", "kv"), (core.v, "v", "kv")):
+            shape = shape_of(node)
+            labels = value.reshape(value.shape[rank - len(shape) :])
+            if gqa and shape[-3] != out[-3]:
+                wide = labels.expand(*labels.shape[:-3], out[-3], *labels.shape[-2:]).unflatten(-3, (shape[-3], -1))
+                labels = join_over(wide, [wide.dim() - 3]).squeeze(-3)
+            labels = join_over(labels, [i for i, s in enumerate(shape) if s == 1])
+            self._backward(node, compress(labels), role, kind)  # type: ignore[arg-type]
+        mask = argument(core.value, "attn_mask")
+        if isinstance(mask, fx.Node):
+            self._side(Operand(mask, _right_aligned(shape_of(mask), out)), value)
+
+    def _operands(self, node: fx.Node, labels: Labels, roles: list[tuple[fx.Node, str, Kind]]) -> None:
+        description = aligned(node)
+        assert description is not None
+        for operand in description.operands:
+            if (CORE, operand.node) in self.labels:
+                continue
+            chosen = next((r for r in roles if r[0] is operand.node), None)
+            if chosen is None:
+                self._side(operand, labels)
+            else:
+                roles = [r for r in roles if r is not chosen]
+                self._backward(operand.node, self.facts.carrier.align_backward(operand, labels), *chosen[1:])
+
+    def _side(self, operand: Operand, labels: Labels) -> None:
+        """An operand that enters the region from outside: follow it if it has a head axis."""
+        back = self.facts.carrier.align_backward(operand, labels)
+        if self._demanded(back, "core"):
+            if (CORE, operand.node) in self.labels:
+                return
+            self._backward(operand.node, back, f"side:{operand.node.name}", "core")
+
+    def _demanded(self, labels: Labels, kind: Kind) -> bool:
+        first, last = low(labels), high(labels)
+        one = first == last
+        if self.site.kv_heads > 1 or kind == "core":
+            inside = (last >= first) & (self.kv[first.clamp(max=self.site.heads - 1)] == self.kv[last.clamp(min=0)])
+            one = one | (inside if self.site.kv_heads > 1 else torch.zeros_like(one))
+        return bool(one.any())
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def _backward(self, start: fx.Node, labels: Labels, role: str, kind: Kind) -> None:
+        """Follow ``labels`` of ``start`` to the parameters that make it."""
+        site, order = self.site, self.facts.order
+        if not self._demanded(labels, kind):
+            return
+        site.kinds[role] = kind
+        pending: dict[fx.Node, Labels] = {start: labels}
+        queue = [-order[start]]
+        by_order = {order[start]: start}
+
+        def push(node: fx.Node, found: Labels) -> None:
+            if node in pending:
+                pending[node] = join(pending[node], found)
+                return
+            pending[node] = found
+            by_order[order[node]] = node
+            heapq.heappush(queue, -order[node])
+
+        while queue:
+            node = by_order[-heapq.heappop(queue)]
+            found = pending[node]
+            if not self._demanded(found, kind):
+                continue
+            self.labels[role, node] = found
+            if node.op == "get_attr":
+                self._leaf(node, found, role)
+                continue
+            description = step(node)
+            if isinstance(description, Move):
+                for source, back in self.facts.carrier.move_backward(node, found).items():
+                    push(source, back)
+            elif isinstance(description, Aligned):
+                self._aligned_backward(node, description, found, role, push)
+            else:
+                self._frontier(node, found, role, description.reason)
+
+    def _aligned_backward(self, node: fx.Node, description: Aligned, found: Labels, role: str, push: object) -> None:
+        assert callable(push)
+        if any(found.size(d) > 1 for d in description.locked):
+            raise Refused("a norm or softmax runs across heads", node)
+        constants = self.facts.constants
+        weighted = description.contraction and any(o.node in constants for o in description.operands[:2])
+        if weighted:
+            self.site.projections.append(node)
+        for operand in description.operands:
+            back = self.facts.carrier.align_backward(operand, found)
+            if weighted and operand.node not in constants and not varying(back):
+                continue
+            if not self._demanded(back, self.site.kinds[role]):
+                continue
+            if (CORE, operand.node) in self.labels:
+                raise Refused("an operand depends on the attention output itself", node)
+            push(operand.node, back)
+
+    def _leaf(self, node: fx.Node, found: Labels, role: str) -> None:
+        axes = varying(found)
+        if len(axes) > 1:
+            raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node)
+        if not axes:
+            raise Refused(f"parameter {node.target} belongs to one head as a whole", node)
+        if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
+            raise Refused(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
+        self.site.leaves.append(LeafUse(node, role, axes[0], found.reshape(-1)))
+
+    def _free(self, labels: Labels) -> torch.Tensor:
+        """True where several KV heads (or, with one KV head, several query heads) share an element."""
+        first, last = low(labels), high(labels)
+        if self.site.kv_heads == 1:
+            return first < last
+        limit = self.site.heads - 1
+        return (last >= first) & (self.kv[first.clamp(max=limit)] != self.kv[last.clamp(min=0)])
+
+    def _frontier(self, node: fx.Node, found: Labels, role: str, reason: str) -> None:
+        if role in ("q", "k", "v", "o"):
+            raise Refused(f"no projection makes {role}: it comes from {reason}", node)
+        if len(varying(found)) != 1:
+            raise Refused(f"{reason} has heads along several dimensions", node)
+        if not bool((single(found) | (found == EMPTY)).all()):
+            raise Refused(f"{reason} belongs to KV heads, not query heads", node)
+        self.site.frontiers.append((role, node))
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def _forward(self, starts: dict[fx.Node, Labels], value_labels: Labels) -> None:
+        """Follow the core's output to the contractions that sum over heads."""
+        order, core = self.facts.order, self.site.core
+        queue: list[int] = []
+        waiting: dict[int, fx.Node] = {}
+
+        def push_users(node: fx.Node) -> None:
+            for user in node.users:
+                if order[user] not in waiting:
+                    waiting[order[user]] = user
+                    heapq.heappush(queue, order[user])
+
+        for node, labels in starts.items():
+            self.labels[CORE, node] = labels
+            push_users(node)
+        while queue:
+            node = waiting[heapq.heappop(queue)]
+            if (CORE, node) in self.labels:
+                continue
+            if node is core.value:
+                self.labels[CORE, node] = value_labels
+                self._operands(node, value_labels, [(core.v, "v", "kv")])
+                push_users(node)
+                continue
+            if node.op == "output":
+                self.site.carried_outputs.extend(
+                    n for n in node.all_input_nodes if (CORE, n) in self.labels and n not in self.site.carried_outputs
+                )
+                continue
+            if not is_tensor(node):
+                if moved_from(node) is node and op_name(node) in ("split", "split_with_sizes", "unbind", "chunk"):
+                    push_users(node)
+                    continue
+                if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+                    continue
+                raise Refused(f"heads reach {node.target}", node)
+            labels = self._step_forward(node)
+            if labels is not None:
+                self.labels[CORE, node] = labels
+                push_users(node)
+
+    def _step_forward(self, node: fx.Node) -> Labels | None:
+        description = step(node)
+        if isinstance(description, Move):
+            known = {s: self.labels[CORE, s] for s in description.sources if (CORE, s) in self.labels}
+            for source in description.sources:
+                if source not in known:
+                    self._missing_source(node, source, known)
+            return self.facts.carrier.move_forward(node, known, missing=int(self.all_heads))
+        if not isinstance(description, Aligned):
+            raise Refused(f"heads reach {description.reason}", node)
+        return self._aligned_forward(node, description)
+
+    def _missing_source(self, node: fx.Node, source: fx.Node, known: dict[fx.Node, Labels]) -> None:
+        """A tensor joined (cat) to one that carries heads: it carries the same heads unless it is joined beside them."""
+        if op_name(node) not in ("cat", "concat", "concatenate"):
+            return
+        dim = int(argument(node, "dim", 0)) % len(shape_of(node))
+        other = next(iter(known.values()))
+        if other.size(dim) > 1:
+            return
+        known[source] = other
+        if self._demanded(other, "core") and (CORE, source) not in self.labels:
+            self._backward(source, other, f"side:{source.name}", "core")
+
+    def _aligned_forward(self, node: fx.Node, description: Aligned) -> Labels | None:
+        rank = len(shape_of(node))
+        result: Labels | None = None
+        for operand in description.operands:
+            labels = self.labels.get((CORE, operand.node))
+            if labels is None:
+                continue
+            moved, crossing = self.facts.carrier.align_forward(operand, labels, rank)
+            if crossing:
+                self._sums_heads(node, description, operand, labels)
+                return None
+            if result is not None and not bool((result == moved).all()):
+                raise Refused("heads are combined with each other", node)
+            result = moved
+        assert result is not None
+        if any(result.size(d) > 1 for d in description.locked):
+            raise Refused("a norm or softmax runs across heads", node)
+        for operand in description.operands:
+            if (CORE, operand.node) not in self.labels:
+                self._side(operand, result)
+        return result
+
+    def _sums_heads(self, node: fx.Node, description: Aligned, operand: Operand, labels: Labels) -> None:
+        """``node`` contracts over the head axis: with a weight it is the output projection, otherwise a refusal."""
+        after_values = (CORE, self.site.core.value) in self.labels
+        weights = [o for o in description.operands[:2] if o.node in self.facts.constants]
+        if not description.contraction or not weights:
+            raise Refused("heads are summed or reduced together", node)
+        if not after_values or self._before_values(node):
+            raise Refused("heads are mixed before the values (talking heads)", node)
+        weight = weights[0]
+        head_letters = {operand.dims[i] for i in varying(labels)}
+        if any(d is None or d >= 0 for d in head_letters):
+            raise Refused("the output projection keeps heads apart and sums them at once", node)
+        shape = [1] * len(weight.dims)
+        sources = []
+        for i, d in enumerate(weight.dims):
+            if d in head_letters:
+                source = operand.dims.index(d)
+                shape[i] = labels.size(source)
+                sources.append(source)
+        rest = [i for i in range(labels.dim()) if i not in sources]
+        back = labels.permute(*sources, *rest).reshape(shape)
+        self.site.projections.append(node)
+        if ("o", weight.node) in self.labels:
+            raise Refused("one weight projects the heads out twice", node)
+        self._backward(weight.node, back.contiguous(), "o", "core")
+
+    def _before_values(self, node: fx.Node) -> bool:
+        """True for a node whose heads come from the scores or probabilities, not from the attention output."""
+        core = self.site.core
+        if core.fused:
+            return False
+        stack, seen = [n for n in node.all_input_nodes if (CORE, n) in self.labels], set()
+        while stack:
+            current = stack.pop()
+            if current is core.value:
+                return False
+            if current in seen:
+                continue
+            seen.add(current)
+            stack.extend(n for n in current.all_input_nodes if (CORE, n) in self.labels)
+        return True
+
+
+def _right_aligned(shape: tuple[int, ...], out: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Dimensions of an attention mask against the core's output [..., heads, q, head_dim]: keys are no output dimension."""
+    offset = len(out) - len(shape)
+    return tuple(
+        None if i + offset == len(out) - 1 or (size == 1 and out[i + offset] != 1) else i + offset
+        for i, size in enumerate(shape)
+    )

@@ -1,0 +1,387 @@
+"""Count the heads of a core: projection channels that meet in one batch entry of the core are one head.
+
+Every output channel of a projection gets a number. The numbers travel forward to the core by running the ops; where an op
+mixes elements (rotary embeddings, per-head norms, the contraction over head dim) the numbers it mixes become one class.
+At the core, batch entries that hold the same class are the same head, whatever the layout on the way was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sqa_fx.passes.find import GraphFacts
+from sqa_fx.passes.hints import shape_of
+from sqa_fx.passes.labels import aligned, compress, heads as head_labels, low, single, varying
+from sqa_fx.passes.ops import Aligned, Move, Operand, argument, step
+from sqa_fx.passes.site import Core, Refused
+
+
+class Classes:
+    """Union-find over channel numbers, in batches of pairs."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+
+    def find(self, item: int) -> int:
+        parent = self.parent
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Unite ``first[i]`` with ``second[i]`` wherever both are numbers (>= 0), broadcasting."""
+        first, second = torch.broadcast_tensors(first, second)
+        both = (first >= 0) & (second >= 0) & (first != second)
+        if not bool(both.any()):
+            return
+        size = len(self.parent)
+        for code in torch.unique(first[both] * size + second[both]).tolist():
+            a, b = self.find(code // size), self.find(code % size)
+            if a != b:
+                self.parent[max(a, b)] = min(a, b)
+
+    def roots(self, numbers: Tensor) -> Tensor:
+        """The class of each number; -1 stays."""
+        table = torch.tensor([self.find(i) for i in range(len(self.parent))] or [0])
+        return torch.where(numbers >= 0, table[numbers.clamp(min=0)], numbers)
+
+
+@dataclass(frozen=True)
+class HeadCount:
+    """Heads of a core, canonically numbered (sorted by KV head).
+
+    ``score`` and ``value`` give the canonical head of each entry of the core's score and output (compressed shapes).
+    """
+
+    kv_of: tuple[int, ...]
+    model_heads: tuple[int, ...]
+    model_kv_heads: tuple[int, ...]
+    score: Tensor
+    value: Tensor
+
+
+def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
+    """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be dropped."""
+    if core.fused:
+        return _count_fused(facts, core)
+    score, value = aligned(core.score), aligned(core.value)
+    assert score is not None and value is not None
+    q_operand, k_operand = (next(o for o in score.operands[:2] if o.node is n) for n in (core.q, core.k))
+    shared = {d for d in q_operand.dims if d is not None and d >= 0} & {
+        d for d in k_operand.dims if d is not None and d >= 0
+    }
+    rank = len(shape_of(core.score))
+    q = _operand_classes(facts, core.q, q_operand, shared, rank)
+    k = _operand_classes(facts, core.k, k_operand, shared, rank)
+    q, k = _same_shape(q, k)
+    width = int(k.max()) + 1
+    carried = _carry(facts, core, compress(q * width + k))
+    assert core.probabilities is not None
+    p_operand = next(o for o in value.operands[:2] if o.node is core.probabilities)
+    v_operand = next(o for o in value.operands[:2] if o.node is core.v)
+    out_rank = len(shape_of(core.value))
+    shared = {d for d in p_operand.dims if d is not None and d >= 0} & {
+        d for d in v_operand.dims if d is not None and d >= 0
+    }
+    v = _operand_classes(facts, core.v, v_operand, shared, out_rank, values=True)
+    pairs, crossing = facts.carrier.align_forward(p_operand, _as_labels(carried), out_rank)
+    if crossing:
+        raise Refused("heads are mixed between the scores and the values", core.value)
+    pairs, v = _same_shape(_as_numbers(pairs), v)
+    heads, tables = _number(pairs // width, pairs % width, v)
+    q_table = torch.zeros(int(q.max()) + 1, dtype=torch.long)
+    q_table[(pairs // width).reshape(-1)] = heads.reshape(-1)
+    return HeadCount(*tables, compress(q_table[q]), compress(heads))
+
+
+def _count_fused(facts: GraphFacts, core: Core) -> HeadCount:
+    rank = len(shape_of(core.value))
+    lead = tuple(range(rank - 2))
+    batch = set(lead)
+    gqa = bool(argument(core.value, "enable_gqa", False)) and shape_of(core.q)[-3] != shape_of(core.k)[-3]
+    out = shape_of(core.value)
+
+    def operand(node: fx.Node, last: tuple[int, int]) -> Operand:
+        shape = shape_of(node)
+        offset = rank - len(shape)
+        dims: tuple[int | None, ...] = tuple(
+            None if size == 1 and out[i + offset] != 1 else i + offset for i, size in enumerate(shape[:-2])
+        )
+        return Operand(node, (*dims, *last))
+
+    q = _operand_classes(facts, core.q, operand(core.q, (rank - 2, -1)), batch, rank)
+    found = []
+    for node, last, values in ((core.k, (rank - 2, -1), False), (core.v, (-1, rank - 1), True)):
+        classes = _operand_classes(facts, node, operand(node, last), batch, rank, values)
+        if gqa:
+            repeats = shape_of(core.q)[-3] // shape_of(node)[-3]
+            classes = classes.expand(*classes.shape[:-3], shape_of(node)[-3], *classes.shape[-2:])
+            classes = classes.repeat_interleave(repeats, -3)
+        found.append(classes)
+    q, k, v = torch.broadcast_tensors(q, *found)
+    heads, tables = _number(q, k, v)
+    heads = compress(heads)
+    return HeadCount(*tables, heads, heads)
+
+
+def _same_shape(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = torch.broadcast_tensors(first, second)
+    return a, b
+
+
+def _as_labels(numbers: Tensor) -> Tensor:
+
+    return head_labels(numbers)
+
+
+def _as_numbers(labels: Tensor) -> Tensor:
+
+    if not bool(single(labels).all()):
+        raise Refused("heads are mixed between the scores and the values")
+    return low(labels)
+
+
+def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
+    """Move score-head numbers from the score contraction to the probabilities."""
+    assert core.probabilities is not None
+    region = _between(core.score, core.probabilities)
+    values = {core.score: _as_labels(numbers)}
+    for node in sorted(region, key=facts.order.__getitem__):
+        description = step(node)
+        if isinstance(description, Move):
+            if any(s in values for s in description.sources):
+                known = {s: values[s] for s in description.sources if s in values}
+                some = next(iter(known.values()))
+                filled = {s: known.get(s, some) for s in description.sources} if len(known) < len(description.sources) else known
+                values[node] = facts.carrier.move_forward(node, filled)
+            continue
+        found = aligned(node)
+        if found is None:
+            continue
+        for operand in found.operands:
+            if operand.node in values:
+                values[node], crossing = facts.carrier.align_forward(
+                    operand, values[operand.node], len(shape_of(node))
+                )
+                if crossing:
+                    raise Refused("heads are mixed between the scores and the values", node)
+                if any(values[node].size(d) > 1 for d in found.locked):
+                    raise Refused("the normaliser runs across heads", node)
+                break
+    if core.probabilities not in values:
+        raise Refused("no way from the scores to the probabilities", core.anchor)
+    return _as_numbers(values[core.probabilities])
+
+
+def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """The nodes on paths from ``start`` (excluded) to ``end`` (included)."""
+    backward: set[fx.Node] = set()
+    stack = [end]
+    reaches: dict[fx.Node, None] = {}
+    while stack:
+        node = stack.pop()
+        if node in backward or node is start:
+            continue
+        backward.add(node)
+        stack.extend(node.all_input_nodes)
+        if len(backward) > 2000:
+            break
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in backward and user not in reaches:
+                reaches[user] = None
+                stack.append(user)
+    return set(reaches)
+
+
+def _operand_classes(
+    facts: GraphFacts, node: fx.Node, operand: Operand, shared: set[int], rank: int, values: bool = False
+) -> Tensor:
+    """A class number for each batch entry of one core operand, in the compressed shape of the core's output."""
+    result = torch.zeros((1,) * rank, dtype=torch.long)
+    batch = [i for i, d in enumerate(operand.dims) if d is not None and d in shared]
+    # The channels of a head lie along the contracted dimension of q and k, and along the output's own dimension of v.
+    inner = [i for i, d in enumerate(operand.dims) if i not in batch and d is not None and (d >= 0) == values]
+    for numbers in _channel_numbers(facts, node):
+        positions = [i for i in varying(numbers) if i not in batch and i not in inner]
+        flat = numbers.permute(*batch, *inner, *[i for i in range(numbers.dim()) if i not in batch + inner])
+        batch_shape = [numbers.size(i) for i in batch]
+        entries = 1
+        for size in batch_shape:
+            entries *= size
+        flat = flat.reshape(entries, -1)
+        # A position of head dim on which fewer entries differ is shared by heads (a rope part common to all): leave it out.
+        counts = torch.tensor([torch.unique(flat[:, j]).numel() for j in range(flat.size(1))])
+        finest = int(counts.max())
+        if finest == 1:
+            continue
+        if positions and _depends(numbers, positions, batch, inner):
+            raise Refused("the channels of a head lie along positions (channel attention)", node)
+        kept = flat[:, counts == finest]
+        classes = Classes(int(numbers.max()) + 1)
+        classes.unite(kept, kept[:, :1])
+        merged = classes.roots(kept[:, 0])
+        _, dense = torch.unique(merged, return_inverse=True)
+        shape = [1] * rank
+        for i, size in zip(batch, batch_shape, strict=True):
+            shape[operand.dims[i] or 0] = size
+        dense = dense.view(shape)
+        combined = result * (int(dense.max()) + 1) + dense
+        _, result = torch.unique(combined, return_inverse=True)
+    return result
+
+
+def _depends(numbers: Tensor, positions: list[int], batch: list[int], inner: list[int]) -> bool:
+    """True when the set of channels of an entry changes along ``positions`` (and not merely their order)."""
+    order = [*batch, *positions, *inner]
+    entries = 1
+    for i in batch:
+        entries *= numbers.size(i)
+    steps = 1
+    for i in positions:
+        steps *= numbers.size(i)
+    grid = numbers.permute(*order, *[i for i in range(numbers.dim()) if i not in order]).reshape(entries, steps, -1)
+    grid = grid.sort(-1).values
+    return not bool((grid == grid[:, :1]).all())
+
+
+def _number(
+    q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Canonical head numbers per entry, and (kv_of, model_heads, model_kv_heads)."""
+    q, k, v = torch.broadcast_tensors(q, k, v)
+    rows = list(zip(q.reshape(-1).tolist(), k.reshape(-1).tolist(), v.reshape(-1).tolist(), strict=True))
+    appearance: dict[tuple[int, int, int], int] = {}
+    kv_appearance: dict[tuple[int, int], int] = {}
+    for row in rows:
+        appearance.setdefault(row, len(appearance))
+        kv_appearance.setdefault(row[1:], len(kv_appearance))
+    if len({row[0] for row in appearance}) != len(appearance):
+        if len({row[0] for row in appearance}) == 1 and len(appearance) > 1:
+            raise Refused("all heads share one query")
+        raise Refused("several heads share a query")
+    ordered = sorted(appearance, key=lambda row: (kv_appearance[row[1:]], appearance[row]))
+    canonical = {row: i for i, row in enumerate(ordered)}
+    numbers = torch.tensor([canonical[row] for row in rows]).view(q.shape)
+    kv_of = tuple(kv_appearance[row[1:]] for row in ordered)
+    return numbers, (kv_of, tuple(appearance[row] for row in ordered), tuple(range(len(kv_appearance))))
+
+
+def _channel_numbers(facts: GraphFacts, target: fx.Node) -> list[Tensor]:
+    """For every source of ``target`` that has channels: the channel number of each element (-1: none), compressed."""
+    region, sources = _region(facts, target)
+    results = []
+    for source in sources:
+        start = _source_numbers(facts, source)
+        classes = Classes(int(start.max()) + 1)
+        values = {source: start}
+        for node in region:
+            if node in values:
+                continue
+            description = step(node)
+            if isinstance(description, Move):
+                if any(s in values for s in description.sources):
+                    known = {s: values[s] for s in description.sources if s in values}
+                    values[node] = facts.carrier.move_forward(node, known, missing=-1)
+            elif isinstance(description, Aligned):
+                moved = _mix(description, values, len(shape_of(node)), classes)
+                if moved is not None:
+                    values[node] = moved
+        if target in values:
+            results.append(compress(classes.roots(values[target])))
+    return results
+
+
+def _mix(description: Aligned, values: dict[fx.Node, Tensor], rank: int, classes: Classes) -> Tensor | None:
+    result: Tensor | None = None
+    for operand in description.operands:
+        numbers = values.get(operand.node)
+        if numbers is None:
+            continue
+        mixed = [i for i, d in enumerate(operand.dims) if d is None or d < 0 or d in description.locked]
+        for dim in mixed:
+            if numbers.size(dim) > 1:
+                classes.unite(numbers, numbers.amax(dim, keepdim=True))
+        lost = [i for i, d in enumerate(operand.dims) if (d is None or d < 0) and numbers.size(i) > 1]
+        if lost:
+            numbers = numbers.amax(lost, keepdim=True)
+        order = sorted((d, i) for i, d in enumerate(operand.dims) if d is not None and d >= 0)
+        shape = [1] * rank
+        for dim, position in order:
+            shape[dim] = numbers.size(position)
+        gone = [i for i, d in enumerate(operand.dims) if d is None or d < 0]
+        numbers = numbers.permute(*[i for _, i in order], *gone).reshape(shape)
+        if result is None:
+            result = numbers
+        else:
+            classes.unite(result, numbers)
+            result = torch.maximum(*torch.broadcast_tensors(result, numbers))
+    return compress(result) if result is not None else None
+
+
+def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, or
+    whatever else labels cannot cross."""
+    region: list[fx.Node] = []
+    sources: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack = [target]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        description = step(node)
+        if node in facts.constants:
+            if node is target:
+                sources.append(node)
+            continue
+        if isinstance(description, Move):
+            region.append(node)
+            stack.extend(description.sources)
+            continue
+        if isinstance(description, Aligned):
+            weights = [o.node for o in description.operands[:2] if o.node in facts.constants]
+            if description.contraction and weights and not _keeps_channels(description, facts):
+                sources.append(node)
+                continue
+            region.append(node)
+            stack.extend(o.node for o in description.operands)
+            continue
+        sources.append(node)
+    region.sort(key=facts.order.__getitem__)
+    return region, sources
+
+
+def _keeps_channels(description: Aligned, facts: GraphFacts) -> bool:
+    """True for a contraction that maps each channel by itself (depthwise convolution): labels go through it."""
+    data, weight = description.operands[:2]
+    own = {d for d in weight.dims if d is not None and d >= 0} - {d for d in data.dims if d is not None and d >= 0}
+    return not own and weight.node in facts.constants
+
+
+def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
+    """A number for every output channel of a source, in the compressed shape of its output."""
+    rank = len(shape_of(node))
+    if node in facts.constants:
+        shape = shape_of(node)
+        return torch.arange(torch.Size(shape).numel()).view(shape)
+    description = step(node)
+    channels = [rank - 1]
+    if isinstance(description, Aligned) and description.contraction:
+        data = next(o for o in description.operands if o.node not in facts.constants)
+        weight = next(o for o in description.operands if o.node in facts.constants)
+        given = {d for d in data.dims if d is not None and d >= 0}
+        channels = sorted({d for d in weight.dims if d is not None and d >= 0} - given)
+    shape = [1] * rank
+    for dim in channels:
+        shape[dim] = shape_of(node)[dim]
+    return torch.arange(torch.Size(shape).numel()).view(shape)
+
+

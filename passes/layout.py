@@ -1,0 +1,163 @@
+"""From labels and a plan to new sizes: which entries of a tensor stay, under which new head number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sqa_fx.passes.hints import shape_of
+from sqa_fx.passes.labels import EMPTY, Labels, high, low, varying
+from sqa_fx.passes.site import LeafUse, Refused, Site
+from sqa_fx.plan import HeadBlock, SitePlan, from_ranges, to_ranges
+
+DROP, REST = -1, -2
+
+
+@dataclass(frozen=True)
+class NewShape:
+    """The shape of a tensor after dropping heads: sizes at the example inputs, and, where the heads lie along single
+    dimensions, which entries of each dimension stay (None when two dimensions form a KV x group grid)."""
+
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    kept: dict[int, Tensor] | None
+
+
+class Layout:
+    """Head arithmetic of one site under one plan (canonical numbers inside)."""
+
+    def __init__(self, site: Site, plan: SitePlan) -> None:
+        self.site, self.plan = site, plan
+        canonical = {model: c for c, model in enumerate(site.model_heads)}
+        kv_number = {model: g for g, model in enumerate(site.model_kv_heads)}
+        self.kept = [canonical[h] for h in plan.query_heads]
+        self.query_groups = [[canonical[h] for h in group] for group in plan.query_groups]
+        self.kv_groups = [[kv_number[g] for g in group] for group in plan.kv_groups]
+        self.wide = len(self.kept)
+        self.kv = torch.tensor(site.kv_of)
+        self._core = self._table({c: i for i, c in enumerate(self.kept)})
+        self._query = self._table({group[0]: i for i, group in enumerate(self.query_groups)})
+        first = {site.group(group[0])[0]: j for j, group in enumerate(self.kv_groups)}
+        self._kv_single = self._table(first)
+        alive = torch.full((site.kv_heads,), DROP)
+        for j, group in enumerate(self.kv_groups):
+            alive[group[0]] = j
+        self._kv_whole = alive
+
+    def _table(self, entries: dict[int, int]) -> Tensor:
+        table = torch.full((self.site.heads,), DROP)
+        for head, number in entries.items():
+            table[head] = number
+        return table
+
+    def heads_of(self, role: str) -> int:
+        """How many heads tensors of ``role`` have in the result."""
+        if role == "q":
+            return self.plan.hq
+        return self.plan.hkv if self.site.kinds[role] == "kv" else self.wide
+
+    def new_heads(self, labels: Labels, role: str) -> Tensor:
+        """The new head of each element: DROP when the element goes, REST when it stays but belongs to no single head.
+
+        Repeated copies of one KV head are kept once: KV tensors hold every new KV head a single time up to the core.
+        """
+        first, last = low(labels), high(labels)
+        limit = self.site.heads - 1
+        a, b = first.clamp(max=limit), last.clamp(min=0)
+        one = first == last
+        rest = torch.full_like(first, REST)
+        if self.site.kinds[role] == "kv":
+            same = self.kv[a] == self.kv[b]
+            found = torch.where(one, self._kv_single[a], torch.where(same, self._kv_whole[self.kv[a]], rest))
+        else:
+            found = torch.where(one, (self._query if role == "q" else self._core)[a], rest)
+        return torch.where(labels == EMPTY, torch.full_like(first, DROP), found)
+
+    def new_shape(self, node: fx.Node, role: str) -> NewShape:
+        """The shape of ``node`` (labelled under ``role``) in the result. Raises Refused when heads form no clean axis."""
+        labels = self.site.labels[role, node]
+        shape = shape_of(node)
+        numbers = self.new_heads(labels, role)
+        stays = numbers != DROP
+        kept: dict[int, Tensor] = {}
+        outer = torch.ones((1,) * stays.dim(), dtype=torch.bool)
+        for dim in varying(labels):
+            others = [d for d in range(stays.dim()) if d != dim and stays.size(d) > 1]
+            along = stays.any(dim=others, keepdim=True) if others else stays
+            outer = outer & along
+            kept[dim] = along.reshape(-1)
+        sizes = list(shape)
+        if bool((outer == stays).all()):
+            for dim, along in kept.items():
+                sizes[dim] = int(along.sum())
+            return NewShape(shape, tuple(sizes), kept)
+        return self._grid(node, role, labels, stays, shape)
+
+    def _grid(self, node: fx.Node, role: str, labels: Labels, stays: Tensor, shape: tuple[int, ...]) -> NewShape:
+        dims = varying(labels)
+        kv = self.kv[low(labels).clamp(max=self.site.heads - 1)]
+        sizes = list(shape)
+        if len(dims) == 2 and self.site.heads == labels.numel() and bool((low(labels) == high(labels)).all()):
+            for kv_dim, group_dim in (dims, dims[::-1]):
+                if bool((kv == kv.narrow(group_dim, 0, 1)).all()) and kv_dim < group_dim:
+                    sizes[kv_dim], sizes[group_dim] = self.plan.hkv, self.wide // self.plan.hkv
+                    return NewShape(shape, tuple(sizes), None)
+        raise Refused("the kept heads do not form a regular axis here", node)
+
+    def kept_entries(self, labels: Labels, role: str) -> list[int]:
+        """The original entries along a labelled axis ([entries]) that stay, in the order of the result."""
+        use = LeafUse(next(iter(self.site.labels))[1], role, 0, labels)
+        index: dict[int, int] = {}
+        for block in self.blocks(use):
+            index.update(zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True))
+        return [index[i] for i in range(len(index))]
+
+    def blocks(self, use: LeafUse) -> list[HeadBlock]:
+        """How the entries of a parameter's head axis make the new ones (positions start at 0)."""
+        numbers = self.new_heads(use.labels, use.role)
+        entries = torch.nonzero(numbers != DROP).reshape(-1).tolist()
+        order: dict[int, int] = {}
+        for e in entries:
+            if int(numbers[e]) >= 0:
+                order.setdefault(int(numbers[e]), len(order))
+        slots: dict[int, list[int]] = {}
+        for position, e in enumerate(entries):
+            number = int(numbers[e])
+            # Heads keep the places of the axis but stand in plan order: the r-th head that appears makes room for head r.
+            slots.setdefault(order[number] if number >= 0 else REST, []).append(position)
+        result = []
+        for head, positions in sorted(slots.items()):
+            to = to_ranges(positions)
+            if head == REST:
+                own = to_ranges([entries[p] for p in positions])
+                result.append(HeadBlock("rest", -1, to, (own,), (own,)))
+                continue
+            members = [to_ranges(self._entries(use, m)) for m in self._members(use.role, head)]
+            averaged = members[:1] if self.plan.kv_merge == "select" and use.role != "q" else members
+            result.append(HeadBlock(use.role, head, to, tuple(averaged), tuple(members)))
+        return result
+
+    def _members(self, role: str, head: int) -> list[tuple[int, int]]:
+        """The original head intervals that new head ``head`` of ``role`` stands for."""
+        if self.site.kinds[role] == "kv":
+            return [self.site.group(g) for g in self.kv_groups[head]]
+        group = self.query_groups[head] if role == "q" else [self.kept[head]]
+        return [(c, c) for c in group]
+
+    def _entries(self, use: LeafUse, member: tuple[int, int]) -> list[int]:
+        first, last = low(use.labels), high(use.labels)
+        inside = (first >= member[0]) & (last <= member[1]) & (use.labels != EMPTY)
+        if self.site.kinds[use.role] == "kv" and member[0] != member[1] and bool((first == last)[inside].any()):
+            inside = inside & (first == member[0])
+        return torch.nonzero(inside).reshape(-1).tolist()
+
+    def dropped(self, use: LeafUse) -> list[int]:
+        """The entries of a parameter that belong to heads which are gone."""
+        stay = {i for member in self._all_members(use.role) for i in self._entries(use, member)}
+        rest = self.new_heads(use.labels, use.role) == REST
+        return [i for i in torch.nonzero(use.labels != EMPTY).reshape(-1).tolist() if i not in stay and not bool(rest[i])]
+
+    def _all_members(self, role: str) -> list[tuple[int, int]]:
+        return [m for head in range(self.heads_of(role)) for m in self._members(role, head)]

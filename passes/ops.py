@@ -1,0 +1,376 @@
+"""What an ATen op does to its dimensions: it moves elements, aligns operand dimensions with output dimensions, or is opaque.
+
+Two descriptions cover everything inside an attention region. A *move* only re-arranges elements, so it is understood by
+running it on element indices. An *aligned* op computes each output element from operand elements at matching positions:
+elementwise ops, norms, reductions and contractions all are aligned, and differ only in how operand dimensions map to
+output dimensions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqa_fx.passes.hints import concrete, is_tensor, shape_of, value_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor operand of an aligned op.
+
+    ``dims[i]`` tells what operand dimension ``i`` is: an output dimension (>= 0), a contracted or reduced one (negative;
+    equal numbers are contracted with each other), or None for a broadcast dimension of size 1.
+    """
+
+    node: fx.Node
+    dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """An op whose output positions are operand positions; ``locked`` output dimensions are mixed (softmax, norms)."""
+
+    operands: tuple[Operand, ...]
+    locked: frozenset[int] = frozenset()
+    contraction: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """An op that only moves elements of ``sources``."""
+
+    sources: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An op that head labels cannot cross."""
+
+    reason: str
+
+
+Step = Aligned | Move | Opaque
+
+_MOVE_ONE = {
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat", "select",
+    "slice", "narrow", "clone", "contiguous", "flatten", "unflatten", "movedim", "flip", "roll", "alias", "detach", "unfold",
+    "constant_pad_nd", "pad", "tile", "diagonal", "lift_fresh_copy", "lift_fresh", "swapaxes", "swapdims", "moveaxis", "mT",
+    "numpy_T", "index_select", "gather", "index", "view_as", "expand_as", "reshape_as", "repeat_interleave", "select_copy",
+    "squeeze_copy", "view_copy", "as_strided_copy", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "im2col", "rot90",
+    "broadcast_to", "adjoint", "unsafe_split", "split", "split_with_sizes", "chunk", "unbind", "tensor_split",
+}  # fmt: skip
+_MOVE_MANY = {"cat", "stack", "concat", "concatenate"}
+_SCATTER = {"slice_scatter", "select_scatter"}
+# Aligned one to one, but without torch's pointwise tag.
+_POINTWISE = {
+    "_to_copy", "to", "type_as", "dropout", "alpha_dropout", "feature_dropout", "clone", "where", "masked_fill", "lerp",
+    "conj", "resolve_conj", "resolve_neg", "_conj", "fake_quantize_per_tensor_affine", "contiguous", "float", "nan_to_num",
+    "_conj_physical", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli",
+}  # fmt: skip
+_REDUCE = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "prod", "norm", "any", "all"}
+_SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum"}
+_CREATE = {"zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "rand", "randn"}
+IDENTITY_MOVES = {"clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh"}
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of the node's op (``view`` for ``aten.view.default``), or '' when it is not an op call."""
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", "")
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The argument ``name`` of an ATen call, wherever it was passed, or its schema default."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for index, spec in enumerate(target._schema.arguments):
+        if spec.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            if index < len(node.args):
+                return node.args[index]
+            return spec.default_value if spec.has_default_value() else default
+    return default
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set the argument ``name`` of an ATen call."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for index, spec in enumerate(target._schema.arguments):
+        if spec.name == name and index < len(node.args) and not spec.kwarg_only:
+            node.update_arg(index, value)
+            return
+    node.update_kwarg(name, value)
+
+
+def moved_from(node: fx.Node) -> fx.Node:
+    """The op that really moves: for an element of a tuple (split, unbind) the op that made the tuple."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return node
+
+
+def step(node: fx.Node) -> Step:
+    """Describe ``node``; the result is cached on the node until the graph is edited."""
+    known = node.meta.get("sqa_step")
+    if known is None:
+        known = _step(node)
+        node.meta["sqa_step"] = known
+    return known  # type: ignore[no-any-return]
+
+
+def _step(node: fx.Node) -> Step:
+    if node.op != "call_function":
+        return Opaque(f"{node.op} {node.name}")
+    maker = moved_from(node)
+    name = op_name(maker)
+    if maker is not node and not (name in _MOVE_ONE and isinstance(value_of(maker), tuple | list)):
+        return Opaque(f"one of several results of {name or maker.name}")
+    if not is_tensor(node):
+        return Opaque(f"{name} does not make a tensor")
+    if name in _MOVE_ONE:
+        if name == "repeat_interleave" and not is_tensor(maker.args[0]):
+            return Opaque(name)
+        if not isinstance(maker.args[0], fx.Node):
+            return Opaque(name)
+        return Move((maker.args[0],))
+    if name in _MOVE_MANY:
+        tensors = maker.args[0]
+        assert isinstance(tensors, list | tuple)
+        return Move(tuple(t for t in tensors if isinstance(t, fx.Node)))
+    if name in _SCATTER and isinstance(maker.args[0], fx.Node) and isinstance(maker.args[1], fx.Node):
+        return Move((maker.args[0], maker.args[1]))
+    special = _ALIGNED.get(name)
+    if special is not None:
+        return special(node)
+    if name in _CREATE:
+        return Aligned(())
+    if name in _SOFTMAX:
+        return _softmax(node)
+    if name in _REDUCE:
+        return _reduction(node)
+    target = node.target
+    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if pointwise or name in _POINTWISE:
+        return _pointwise(node)
+    return Opaque(f"op {target}")
+
+
+def _broadcast_dims(operand: fx.Node, out_shape: Sequence[int]) -> tuple[int | None, ...]:
+    shape = shape_of(operand)
+    offset = len(out_shape) - len(shape)
+    return tuple(
+        None if size == 1 and out_shape[offset + i] != 1 else offset + i for i, size in enumerate(shape)
+    )
+
+
+def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if is_tensor(n)]
+
+
+def _pointwise(node: fx.Node) -> Step:
+    out_shape = shape_of(node)
+    operands = []
+    for source in _tensor_inputs(node):
+        if len(shape_of(source)) > len(out_shape):
+            return Opaque(f"op {node.target} with an operand larger than its result")
+        operands.append(Operand(source, _broadcast_dims(source, out_shape)))
+    return Aligned(tuple(operands))
+
+
+def _softmax(node: fx.Node) -> Step:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = len(shape_of(node))
+    dim = int(concrete(argument(node, "dim"))) % rank
+    return Aligned((Operand(source, tuple(range(rank))),), frozenset({dim}))
+
+
+def _reduction(node: fx.Node) -> Step:
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return Opaque(f"op {node.target}")
+    rank = len(shape_of(source))
+    dims = concrete(argument(node, "dim"))
+    if dims is None or dims == []:
+        dims = list(range(rank))
+    reduced = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    keep = bool(argument(node, "keepdim", False))
+    mapped: list[int | None] = []
+    position = 0
+    for i in range(rank):
+        if i in reduced:
+            mapped.append(-1 - i)
+            position += int(keep)
+        else:
+            mapped.append(position)
+            position += 1
+    return Aligned((Operand(source, tuple(mapped)),))
+
+
+def _norm(node: fx.Node) -> Step:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = len(shape_of(source))
+    width = len(concrete(argument(node, "normalized_shape")))
+    tail = tuple(range(rank - width, rank))
+    operands = [Operand(source, tuple(range(rank)))]
+    operands += [Operand(n, tail) for n in (argument(node, "weight"), argument(node, "bias")) if isinstance(n, fx.Node)]
+    return Aligned(tuple(operands), frozenset(tail))
+
+
+def _batch_norm(node: fx.Node) -> Step:
+    if argument(node, "training"):
+        return Opaque("batch norm in training mode")
+    source, *channel = node.args[:5]
+    assert isinstance(source, fx.Node)
+    operands = [Operand(source, tuple(range(len(shape_of(source)))))]
+    operands += [Operand(n, (1,)) for n in channel if isinstance(n, fx.Node)]
+    return Aligned(tuple(operands))
+
+
+def _linear(node: fx.Node) -> Step:
+    data, weight = node.args[0], node.args[1]
+    bias = argument(node, "bias")
+    assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
+    lead = len(shape_of(data)) - 1
+    if len(shape_of(weight)) != 2:
+        return Opaque("linear with a vector weight")
+    operands = [Operand(data, (*range(lead), -1)), Operand(weight, (lead, -1))]
+    if isinstance(bias, fx.Node):
+        operands.append(Operand(bias, (lead,)))
+    return Aligned(tuple(operands), contraction=True)
+
+
+def _matmul(node: fx.Node) -> Step:
+    left, right = node.args[0], node.args[1]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    a, b, out = shape_of(left), shape_of(right), shape_of(node)
+    if len(a) < 2 or len(b) < 2:
+        return Opaque("matmul with a vector")
+    lead = len(out) - 2
+
+    def batch(shape: tuple[int, ...]) -> tuple[int | None, ...]:
+        offset = lead - (len(shape) - 2)
+        return tuple(
+            None if size == 1 and out[offset + i] != 1 else offset + i for i, size in enumerate(shape[:-2])
+        )
+
+    return Aligned(
+        (Operand(left, (*batch(a), lead, -1)), Operand(right, (*batch(b), -1, lead + 1))), contraction=True
+    )
+
+
+def _addmm(node: fx.Node) -> Step:
+    add, left, right = node.args[:3]
+    assert isinstance(add, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    out = shape_of(node)
+    lead = len(out) - 2
+    lead_dims = tuple(range(lead))
+    return Aligned(
+        (
+            Operand(left, (*lead_dims, lead, -1)),
+            Operand(right, (*lead_dims, -1, lead + 1)),
+            Operand(add, _broadcast_dims(add, out)),
+        ),
+        contraction=True,
+    )
+
+
+def _einsum(node: fx.Node) -> Step:
+    equation = str(node.args[0]).replace(" ", "")
+    tensors = node.args[1]
+    assert isinstance(tensors, list | tuple)
+    nodes = [t for t in tensors if isinstance(t, fx.Node)]
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "->" not in equation or len(terms) != len(nodes):
+        return Opaque(f"einsum {equation}")
+    if "." in equation:
+        spare = [c for c in map(chr, range(0x100, 0x180))]
+        ranks = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, terms, strict=True)]
+        widest = max((r for r, t in zip(ranks, terms, strict=True) if "..." in t), default=0)
+        terms = [
+            t.replace("...", "".join(spare[widest - r : widest]) if "..." in t else "")
+            for r, t in zip(ranks, terms, strict=True)
+        ]
+        right = right.replace("...", "".join(spare[:widest]))
+    if any(len(set(t)) != len(t) for t in terms):
+        return Opaque(f"einsum {equation} with a repeated index")
+    inner = {c: -1 - i for i, c in enumerate(sorted({c for t in terms for c in t} - set(right)))}
+    out = shape_of(node)
+    operands = []
+    for n, term in zip(nodes, terms, strict=True):
+        dims: list[int | None] = []
+        for size, letter in zip(shape_of(n), term, strict=True):
+            at = right.find(letter)
+            dims.append(inner[letter] if at < 0 else None if size == 1 and out[at] != 1 else at)
+        operands.append(Operand(n, tuple(dims)))
+    return Aligned(tuple(operands), contraction=len(nodes) > 1)
+
+
+def _convolution(node: fx.Node) -> Step:
+    data, weight = node.args[0], node.args[1]
+    bias = argument(node, "bias")
+    assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
+    rank = len(shape_of(data))
+    if rank != len(shape_of(weight)) or argument(node, "transposed", False):
+        return Opaque(f"op {node.target}")
+    groups = int(concrete(argument(node, "groups", 1)))
+    channels = shape_of(data)[1]
+    # Spatial dimensions are mixed by the kernel, and no head may live there: a reduced number of their own on both sides.
+    spatial = tuple(-10 - i for i in range(rank - 2))
+    kernel = tuple(-20 - i for i in range(rank - 2))
+    if groups == 1:
+        operands = [Operand(data, (0, -1, *spatial)), Operand(weight, (1, -1, *kernel))]
+    elif groups == channels == shape_of(node)[1]:
+        operands = [Operand(data, (0, 1, *spatial)), Operand(weight, (1, None, *kernel))]
+    else:
+        return Opaque("convolution with channel groups")
+    if isinstance(bias, fx.Node):
+        operands.append(Operand(bias, (1,)))
+    return Aligned(tuple(operands), contraction=True)
+
+
+def _view_as_complex(node: fx.Node) -> Step:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return Aligned((Operand(source, (*range(len(shape_of(node))), -1)),))
+
+
+def _view_as_real(node: fx.Node) -> Step:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return Aligned((Operand(source, tuple(range(len(shape_of(source))))),))
+
+
+_ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "convolution": _convolution,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "_fused_rms_norm": _norm,
+    "batch_norm": _batch_norm,
+    "view_as_complex": _view_as_complex,
+    "view_as_real": _view_as_real,
+}

@@ -1,0 +1,466 @@
+"""Rewrite: build the smaller region of every site beside the old one, then let the old one go.
+
+The new region is made on demand, from the output projection back to the weights: each node is asked for the part of its
+value that the kept heads need. Whatever carries no heads is used as it is, so everything outside the region stays untouched.
+KV tensors hold every new KV head once up to the core, where attention itself (enable_gqa), broadcasting, or an explicit
+repeat serves it to its query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sqa_fx.passes.demand import CORE
+from sqa_fx.passes.find import GraphFacts
+from sqa_fx.passes.graph import attribute, fake_mode_of
+from sqa_fx.passes.hints import is_tensor, shape_of, value_of
+from sqa_fx.passes.labels import constant_tensor, single, varying
+from sqa_fx.passes.layout import DROP, Layout, NewShape
+from sqa_fx.passes.ops import Aligned, Move, argument, op_name, set_argument, step
+from sqa_fx.passes.parameters import Cut, cut_tensor
+from sqa_fx.passes.resize import Resizer
+from sqa_fx.passes.site import LeafUse, Refused, Site
+from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
+
+
+@dataclass
+class Rewritten:
+    """What the rewrite did: parameter cuts, for each site the node that now makes its output, and notes."""
+
+    parameters: tuple[ParameterPlan, ...] = ()
+    outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    cores: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    """For each graph output that carries heads: the dimension and the original entries that stay along it."""
+
+
+def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node, Cut]:
+    """The cuts that ``plans`` make, by get_attr node. Raises PlanError when sites that share a parameter disagree."""
+    cuts: dict[fx.Node, Cut] = {}
+    for site in sites:
+        plan = plans.get(site.name)
+        if plan is None or plan.identity:
+            continue
+        layout = Layout(site, plan)
+        for use in site.leaves:
+            cut = cuts.setdefault(use.node, Cut(use.node, use.axis, shape_of(use.node)[use.axis]))
+            cut.add(layout, use)
+    return cuts
+
+
+def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan]) -> Rewritten:
+    """Rewrite every site that has a plan other than identity, in place on ``facts.module``."""
+    module = facts.module
+    result = Rewritten()
+    cuts = plan_parameters(sites, plans)
+    builder_parameters = _Parameters(module, cuts)
+    built = []
+    for site in sites:
+        plan = plans.get(site.name)
+        if plan is None or plan.identity:
+            continue
+        builder = _Builder(facts, site, Layout(site, plan), builder_parameters)
+        result.outputs[site.name], result.cores[site.name] = builder.run(result)
+        built.append(builder)
+    for builder in built:
+        builder.release_sizes()
+    module.graph.eliminate_dead_code()
+    builder_parameters.finish(result)
+    result.parameters = tuple(cut.plan() for cut in cuts.values())
+    for node in module.graph.nodes:
+        node.meta.pop("sqa_step", None)
+        node.meta.pop("sqa_key", None)
+    module.graph.lint()
+    module.recompile()
+    return result
+
+
+class _Parameters:
+    """New get_attr nodes for cut parameters, made once and shared by all sites."""
+
+    def __init__(self, module: fx.GraphModule, cuts: dict[fx.Node, Cut]) -> None:
+        self.module, self.cuts = module, cuts
+        self._whole: dict[fx.Node, fx.Node] = {}
+        self._parts: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._constants = 0
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """The get_attr node of the whole cut parameter."""
+        if node not in self._whole:
+            cut = self.cuts[node]
+            with self.module.graph.inserting_after(node):
+                new = self.module.graph.get_attr(str(node.target))
+            shape = list(value_of(node).shape)
+            shape[cut.axis] = cut.new_size
+            with fake_mode_of(self.module.graph):
+                fake = torch.empty(shape, dtype=value_of(node).dtype, device=value_of(node).device)
+            new.meta = {"val": fake, "sqa_cut": True}
+            self._whole[node] = new
+        return self._whole[node]
+
+    def part(self, node: fx.Node, segment: int) -> fx.Node:
+        """The segment of a cut parameter that one role uses."""
+        cut = self.cuts[node]
+        whole = self.whole(node)
+        if len(cut.segments) == 1:
+            return whole
+        if (node, segment) not in self._parts:
+            start, length = cut.segments[segment]
+            with self.module.graph.inserting_after(whole):
+                new = self.module.graph.call_function(
+                    torch.ops.aten.slice.Tensor, (whole, cut.axis, start, start + length)
+                )
+            with fake_mode_of(self.module.graph):
+                new.meta = {"val": value_of(whole).narrow(cut.axis, start, length)}
+            self._parts[node, segment] = new
+        return self._parts[node, segment]
+
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """A new constant of the module."""
+        while hasattr(self.module, f"_sqa_constant_{self._constants}"):
+            self._constants += 1
+        name = f"_sqa_constant_{self._constants}"
+        self.module.register_buffer(name, tensor)
+        first = next(iter(self.module.graph.nodes))
+        with self.module.graph.inserting_before(first):
+            node = self.module.graph.get_attr(name)
+        node.meta = {"val": fake_mode_of(self.module.graph).from_tensor(tensor)}
+        return node
+
+    def finish(self, result: Rewritten) -> None:
+        """Cut the parameters; one that something else still reads whole stays whole and is cut in the graph."""
+        alive = set(self.module.graph.nodes)
+        for node, new in self._whole.items():
+            plan = self.cuts[node].plan()
+            if node not in alive:
+                _replace_tensor(self.module, str(node.target), plan)
+                continue
+            if any(len(b.sources) > 1 for b in plan.blocks):
+                raise Refused(f"parameter {node.target} is read by something else too, so its KV heads cannot be merged", node)
+            order = [0] * plan.size[1]
+            for block in plan.blocks:
+                for to, source in zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True):
+                    order[to] = source
+            index = self.constant(torch.tensor(order))
+            with self.module.graph.inserting_before(new):
+                taken = self.module.graph.call_function(torch.ops.aten.index_select.default, (node, plan.axis, index))
+            taken.meta = dict(new.meta)
+            new.replace_all_uses_with(taken)
+            self.module.graph.erase_node(new)
+            result.notes.append(f"parameter {node.target} is used outside attention too; its heads are selected in the graph")
+
+
+def _replace_tensor(module: fx.GraphModule, target: str, plan: ParameterPlan) -> None:
+    """Cut the tensor behind ``target`` under every name that the module knows it by, so that ties stay tied."""
+    old = attribute(module, target)
+    new = cut_tensor(old.detach(), plan)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, held in list(table.items()):
+                if held is old:
+                    table[name] = new
+        for name, held in list(vars(owner).items()):
+            if held is old:
+                setattr(owner, name, new)
+
+
+class _Builder:
+    """Builds the smaller region of one site."""
+
+    def __init__(self, facts: GraphFacts, site: Site, layout: Layout, parameters: _Parameters) -> None:
+        self.facts, self.site, self.layout, self.parameters = facts, site, layout, parameters
+        self.graph = facts.module.graph
+        self.fake_mode = fake_mode_of(self.graph)
+        self.built: dict[tuple[str, fx.Node], fx.Node] = {}
+        self.shapes: dict[tuple[str, fx.Node], NewShape] = {}
+        self.fused: dict[fx.Node, fx.Node] = {}
+        self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
+        self.segments = {
+            (u.role, u.node): parameters.cuts[u.node].add(layout, u) for u in site.leaves
+        }
+
+    # -- the public steps ----------------------------------------------------------------------------------------
+
+    def run(self, result: Rewritten) -> tuple[tuple[str, str], str]:
+        """Build, and put the new output projections (and outputs that carry heads) in the place of the old ones."""
+        projections = [
+            n
+            for n in self.site.projections
+            if any(("o", o) in self.site.labels for o in n.all_input_nodes) and (CORE, n) not in self.site.labels
+            and any((CORE, i) in self.site.labels for i in n.all_input_nodes)
+        ]
+        names = ("", "")
+        for node in projections:
+            new = self._copy(node, lambda a: self._operand(a, node))
+            node.replace_all_uses_with(new)
+            names = (node.name, new.name)
+        for node in self.site.carried_outputs:
+            output = next(iter(reversed(self.graph.nodes)))
+            labels = self.site.labels[CORE, node]
+            if len(varying(labels)) != 1:
+                raise Refused("an output of the model has heads along several dimensions", node)
+            flat = [n for n in output.all_input_nodes] if not isinstance(output.args[0], list | tuple) else output.args[0]
+            for position, entry in enumerate(flat):
+                if entry is node:
+                    entries = self.layout.kept_entries(labels.reshape(-1), CORE)
+                    result.carried[position] = (varying(labels)[0], entries)
+            output.replace_input_with(node, self.build(CORE, node))
+            result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
+        return names, self.built[CORE, self.site.core.value].name
+
+    def release_sizes(self) -> None:
+        """Size queries of old tensors ask the new ones, so that the old region can go."""
+        for (_, node), new in self.built.items():
+            for user in list(node.users):
+                if op_name(user) in ("sym_size", "sym_numel") and user is not new:
+                    user.replace_input_with(node, new)
+
+    # -- construction --------------------------------------------------------------------------------------------
+
+    def _role(self, node: fx.Node, preferred: str) -> str | None:
+        """Under which role ``node`` is labelled for a user of role ``preferred``."""
+        for role in (preferred, CORE, f"side:{node.name}"):
+            if (role, node) in self.site.labels:
+                return role
+        return None
+
+    def build(self, role: str, node: fx.Node) -> fx.Node:
+        """The part of ``node`` that the kept heads need under ``role``."""
+        key = (role, node)
+        if key not in self.built:
+            self.built[key] = self._build(role, node)
+        return self.built[key]
+
+    def _build(self, role: str, node: fx.Node) -> fx.Node:
+        site = self.site
+        if (role, node) in self.uses:
+            return self.parameters.part(node, self.segments[role, node])
+        if (role, node) in site.frontiers:
+            return self._select(role, node)
+        if role == CORE and node is site.core.value and site.core.fused:
+            return self._fused_core(node)
+        if role == CORE and node in (site.core.score, site.core.value):
+            return self._contraction_core(node)
+        description = step(node)
+        if isinstance(description, Move):
+            return self._move(role, node, description)
+        if isinstance(description, Aligned):
+            fused = self._fused_projection(role, node)
+            if fused is not None:
+                return fused
+            new = self._copy(node, lambda a: self._reach(role, a), self._shape(role, node))
+            return new
+        raise Refused(f"cannot rebuild {node.name}", node)
+
+    def _reach(self, role: str, node: fx.Node) -> fx.Node:
+        found = self._role(node, role)
+        return node if found is None else self.build(found, node)
+
+    def _operand(self, node: fx.Node, user: fx.Node) -> fx.Node:
+        """An operand of an output projection: the activations under the core role, the weight under its own."""
+        for role in (CORE, "o"):
+            if (role, node) in self.site.labels:
+                return self.build(role, node)
+        del user
+        return node
+
+    def _shape(self, role: str, node: fx.Node) -> NewShape:
+        if (role, node) not in self.shapes:
+            self.shapes[role, node] = self.layout.new_shape(node, role)
+        return self.shapes[role, node]
+
+    def _emit(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node before ``before``, with its fake value."""
+        with self.graph.inserting_before(before):
+            new = self.graph.call_function(target, args, kwargs)
+        new.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        values = fx.node.map_arg((args, kwargs), value_of)
+        try:
+            with self.fake_mode:
+                new.meta["val"] = target(*values[0], **values[1])
+        except Exception as error:
+            self.graph.erase_node(new)
+            raise Refused(f"{target} does not take the smaller shapes: {str(error).splitlines()[0]}", before) from error
+        return new
+
+    def _copy(self, node: fx.Node, swap: Any, shape: NewShape | None = None) -> fx.Node:
+        """``node`` again on new inputs, with sizes and groups that follow ``shape``."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: swap(a) if is_tensor(a) else a)
+        new_args, new_kwargs = list(args), dict(kwargs)
+        if shape is not None and op_name(node) not in ("linear",):
+            target = node.target
+            assert isinstance(target, torch._ops.OpOverload)
+            resizer = self._resizer(node)
+            for i, spec in enumerate(target._schema.arguments):
+                given = new_kwargs.get(spec.name, new_args[i] if i < len(new_args) else None)
+                changed = given
+                if spec.name == "size" and isinstance(given, list | tuple):
+                    changed = resizer.sizes(given, shape)
+                elif spec.name == "groups" and given not in (None, 1):
+                    changed = shape.new[1]
+                if changed is not given:
+                    if spec.name in new_kwargs or i >= len(new_args):
+                        new_kwargs[spec.name] = changed
+                    else:
+                        new_args[i] = changed
+        return self._emit(node, node.target, *new_args, **new_kwargs)
+
+    def _resizer(self, node: fx.Node) -> Resizer:
+        return Resizer(
+            emit=lambda target, *args, **kwargs: self._emit(node, target, *args, **kwargs),
+            constant=self.parameters.constant,
+            index_value=lambda index: constant_tensor(index, self.facts.module),
+        )
+
+    def _move(self, role: str, node: fx.Node, description: Move) -> fx.Node:
+        source = description.sources[0]
+        found = self._role(source, role)
+        before = self._shape(found, source) if found is not None else None
+
+        def swap(value: Any) -> Any:
+            return fx.node.map_arg(value, lambda a: self._reach(role, a) if is_tensor(a) else a)
+
+        target, args, kwargs = self._resizer(node).move(node, swap, self._shape(role, node), before)
+        return self._emit(node, target, *args, **kwargs)
+
+    def _select(self, role: str, node: fx.Node) -> fx.Node:
+        """Take the kept heads of a tensor that labels cannot cross."""
+        labels = self.site.labels[role, node]
+        dim = varying(labels)[0]
+        index = self.layout.kept_entries(labels.reshape(-1), role)
+        following = node.next
+        constant = self.parameters.constant(torch.tensor(index))
+        return self._emit(following, torch.ops.aten.index_select.default, node, dim, constant)
+
+    def _fused_projection(self, role: str, node: fx.Node) -> fx.Node | None:
+        """One contraction for all roles of a fused projection (qkv), of which each role takes its part."""
+        if op_name(node) not in ("linear", "addmm", "conv1d", "conv2d"):
+            return None
+        inputs = [i for i in node.all_input_nodes if i in self.parameters.cuts and (role, i) in self.uses]
+        constants = [i for i in node.all_input_nodes if i in self.facts.constants]
+        if not inputs or set(inputs) != set(constants):
+            return None
+        segments = {self.segments[role, i] for i in inputs}
+        spans = {tuple(self.parameters.cuts[i].segments) for i in inputs}
+        data = [i for i in node.all_input_nodes if i not in self.facts.constants]
+        if len(segments) != 1 or len(spans) != 1 or any((role, d) in self.site.labels for d in data):
+            return None
+        span = next(iter(spans))
+        if len(span) == 1:
+            return None
+        if node not in self.fused:
+            self.fused[node] = self._copy(node, lambda a: self.parameters.whole(a) if a in inputs else a)
+        dim = 1 if op_name(node).startswith("conv") else len(shape_of(node)) - 1
+        start, length = span[next(iter(segments))]
+        return self._emit(node, torch.ops.aten.slice.Tensor, self.fused[node], dim, start, start + length)
+
+    # -- the core ------------------------------------------------------------------------------------------------
+
+    def _fused_core(self, node: fx.Node) -> fx.Node:
+        core = self.site.core
+        rank = len(shape_of(node))
+        q, k, v = (self._reach(r, n) for r, n in (("q", core.q), ("k", core.k), ("v", core.v)))
+        sizes = [value_of(t).shape[-3] if value_of(t).dim() >= 4 else None for t in (q, k, v)]
+        per_head = self._labelled_dim("q", core.q) == rank - 3 and rank == 4
+        gqa = False
+        if self.layout.plan.hq < self.layout.plan.hkv:
+            q = self._repeat(node, "q", core.q, q)
+        elif per_head and sizes[1] == sizes[2]:
+            gqa = sizes[0] != sizes[1]
+        else:
+            k = self._repeat(node, "k", core.k, k)
+            v = self._repeat(node, "v", core.v, v)
+        mapping = {core.q: q, core.k: k, core.v: v}
+        new = self._copy_core(node, mapping)
+        if gqa or argument(node, "enable_gqa", False):
+            set_argument(new, "enable_gqa", gqa)
+        return new
+
+    def _copy_core(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The SDPA node on new operands; its fake value is that of the old one with the new head count."""
+        args = [mapping.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+        names = {n: m for n, m in mapping.items()}
+        # The same tensor may serve as key and value: each position takes its own part.
+        for position, name in enumerate(("q", "k", "v")):
+            original = (self.site.core.q, self.site.core.k, self.site.core.v)[position]
+            if position < len(args):
+                args[position] = names[original] if name != "v" else mapping[self.site.core.v]
+        mask = argument(node, "attn_mask")
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
+        if isinstance(mask, fx.Node):
+            set_argument(new, "attn_mask", self._reach(CORE, mask))
+        new.meta = {k: v for k, v in node.meta.items() if not k.startswith("sqa_")}
+        old = value_of(node)
+        shape = list(old.shape)
+        labels = self.site.labels[CORE, node]
+        sizes = self._shape(CORE, node)
+        for dim in varying(labels):
+            shape[dim] = shape[dim] * sizes.new[dim] // sizes.old[dim]
+        with self.fake_mode:
+            new.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+        return new
+
+    def _contraction_core(self, node: fx.Node) -> fx.Node:
+        core, plan = self.site.core, self.layout.plan
+        if node is core.score:
+            pairs = [("q", core.q), ("k", core.k)]
+        else:
+            assert core.probabilities is not None
+            pairs = [(CORE, core.probabilities), ("v", core.v)]
+        new = []
+        for role, operand in pairs:
+            part = self._reach(role, operand)
+            wide = self.layout.heads_of(role) if role in self.site.kinds else self.layout.wide
+            if role != CORE and wide != self.layout.wide and plan.hq != plan.hkv:
+                part = self._repeat(node, role, operand, part)
+            new.append(part)
+        mapping = {operand: part for (_, operand), part in zip(pairs, new, strict=True)}
+        if pairs[0][1] is pairs[1][1]:
+            raise Refused("one tensor is both query and key", node)
+        return self._copy(node, lambda a: mapping[a] if a in mapping else self._reach(CORE, a), None)
+
+    def _labelled_dim(self, role: str, node: fx.Node) -> int | None:
+        labels = self.site.labels.get((role, node))
+        dims = varying(labels) if labels is not None else []
+        return dims[0] if len(dims) == 1 else None
+
+    def _repeat(self, before: fx.Node, role: str, old: fx.Node, new: fx.Node) -> fx.Node:
+        """Repeat the heads of a core operand for the heads that read them, unless broadcasting does it."""
+        labels = self.site.labels.get((role, old))
+        if labels is None or not bool(single(labels).any()):
+            return new
+        dims = varying(labels)
+        if len(dims) != 1:
+            if self.site.core.fused:
+                raise Refused("heads lie along two dimensions of the attention", old)
+            return new
+        dim, times = dims[0], self.layout.wide // self.layout.heads_of(role)
+        run = _run_length(labels.reshape(-1))
+        rank = len(value_of(new).shape)
+        emit = self._emit
+        if run > 1:
+            heads = self.layout.heads_of(role)
+            if labels.numel() != run * self.site.heads:
+                raise Refused("heads are interleaved with other dimensions on both sides", old)
+            sizes = [heads, -1]
+            new = emit(before, torch.ops.aten.unflatten.int, new, dim, sizes)
+        new = emit(before, torch.ops.aten.unsqueeze.default, new, dim + 1)
+        wide = [-1] * (rank + 1 + int(run > 1))
+        wide[dim + 1] = times
+        new = emit(before, torch.ops.aten.expand.default, new, wide)
+        return emit(before, torch.ops.aten.flatten.using_ints, new, dim, dim + 1 + int(run > 1))
+
+
+def _run_length(labels: torch.Tensor) -> int:
+    """How many equal labels stand in a row at the start."""
+    different = torch.nonzero(labels != labels[0]).reshape(-1)
+    return int(different[0]) if different.numel() else labels.numel()

@@ -1,0 +1,97 @@
+"""What the analysis knows of one attention site, and why a site was refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from sqa_fx.passes.labels import Labels
+
+Kind = Literal["core", "kv"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site that cannot be converted: falsy, with the reason and the nodes that stand in the way."""
+
+    name: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+    heads: int | None = None
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class Refused(Exception):
+    """Raised inside the analysis of one site; becomes a Refusal in the report."""
+
+    def __init__(self, reason: str, *nodes: fx.Node) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.nodes = tuple(n.name for n in nodes)
+
+
+@dataclass(frozen=True)
+class Core:
+    """The heart of a site: ``score`` contracts q with k, ``value`` contracts the probabilities with v (one SDPA node is both).
+
+    ``path`` are the nodes from ``score`` to the probabilities that ``value`` reads, in graph order, both ends excluded.
+    """
+
+    anchor: fx.Node
+    score: fx.Node
+    value: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    probabilities: fx.Node | None = None
+
+    @property
+    def fused(self) -> bool:
+        """True for a scaled_dot_product_attention node."""
+        return self.score is self.value
+
+
+@dataclass(frozen=True)
+class LeafUse:
+    """A parameter (or constant) whose elements along ``axis`` belong to heads, under one role."""
+
+    node: fx.Node
+    role: str
+    axis: int
+    labels: Labels
+
+
+@dataclass
+class Site:
+    """A convertible site. Heads are numbered canonically inside: sorted by KV head, so that KV groups are intervals.
+
+    ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers (order of appearance) of canonical ones.
+    ``labels`` holds, per role and node, which heads each element serves; ``kinds`` whether a role counts query heads
+    (``core``) or KV heads (``kv``).
+    """
+
+    name: str
+    core: Core
+    heads: int
+    kv_heads: int
+    kv_of: tuple[int, ...]
+    model_heads: tuple[int, ...]
+    model_kv_heads: tuple[int, ...]
+    head_dim: int
+    q_len: int
+    kv_len: int
+    labels: dict[tuple[str, fx.Node], Labels] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    leaves: list[LeafUse] = field(default_factory=list)
+    frontiers: list[tuple[str, fx.Node]] = field(default_factory=list)
+    projections: list[fx.Node] = field(default_factory=list)
+    carried_outputs: list[fx.Node] = field(default_factory=list)
+
+    def group(self, kv: int) -> tuple[int, int]:
+        """First and last canonical query head of canonical KV head ``kv``."""
+        members = [c for c, g in enumerate(self.kv_of) if g == kv]
+        return members[0], members[-1]

@@ -1,0 +1,226 @@
+"""Verify: the original graph with masked weights must compute what the rewritten graph computes.
+
+The oracle side runs the original graph unedited. Only weights differ, and they come from the plan as data: columns of the
+output projection that belong to dropped heads are zero, and the weights of merged heads are replaced by what the merged head
+got. No rewriting code is involved, so agreement validates the rewrite on the user's own model and inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from sqa_fx.errors import VerifyError
+from sqa_fx.passes.graph import attribute
+from sqa_fx.passes.parameters import mean
+from sqa_fx.plan import Plan, from_ranges
+
+Precision = Literal["float64", "native"]
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+# Largest |difference| over the largest |value| that still counts as equal: both sides round differently, nothing more.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class SiteProof:
+    """How far one site's output is from the oracle's, relative to the largest value there."""
+
+    name: str
+    error: float
+    silent: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The result of the comparison; ``tolerance`` is what ``error`` (relative) had to stay under."""
+
+    precision: str
+    tolerance: float
+    error: float
+    sites: tuple[SiteProof, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The proof as JSON-ready data."""
+        return {
+            "precision": self.precision,
+            "tolerance": self.tolerance,
+            "error": self.error,
+            "sites": [{"name": s.name, "error": s.error, "silent": s.silent} for s in self.sites],
+            "notes": list(self.notes),
+        }
+
+
+def masked_weights(module: fx.GraphModule, plan: Plan) -> dict[str, Tensor]:
+    """The oracle's weights by parameter name: dropped output columns zero, merged heads replaced by their merge."""
+    masked: dict[str, Tensor] = {}
+    for parameter in plan.parameters:
+        old = attribute(module, parameter.name).detach()
+        new = old.clone()
+        for block in parameter.blocks:
+            if len(block.replaces) > 1:
+                merged = mean([_entries(old, parameter.axis, s) for s in block.sources])
+                for ranges in block.replaces:
+                    new.index_copy_(parameter.axis, torch.tensor(from_ranges(ranges), device=old.device), merged)
+        if any(block.role == "o" for block in parameter.blocks) and parameter.dropped:
+            new.index_fill_(parameter.axis, torch.tensor(from_ranges(parameter.dropped), device=old.device), 0)
+        masked[parameter.name] = new
+    return masked
+
+
+def _entries(tensor: Tensor, axis: int, ranges: Sequence[str]) -> Tensor:
+    return tensor.index_select(axis, torch.tensor(from_ranges(ranges), device=tensor.device))
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph with other weights, without dropout, in float64 if asked; keeps the values of ``watched`` nodes."""
+
+    def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor], wide: bool, watched: set[str]) -> None:
+        super().__init__(module)
+        self.weights, self.wide, self.watched = weights, wide, watched
+        self.seen: dict[str, Tensor] = {}
+
+    def _widen(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in _WIDER:
+            return value.to(_WIDER[value.dtype])
+        return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.watched and isinstance(result, Tensor):
+            self.seen[n.name] = result
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return self._widen(value) if self.wide else value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = self.weights[str(target)] if str(target) in self.weights else super().get_attr(target, args, kwargs)
+        return self._widen(value) if self.wide else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
+        if name in ("dropout", "alpha_dropout", "feature_dropout", "bernoulli"):
+            return args[0]
+        if name == "scaled_dot_product_attention":
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        if self.wide:
+            args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def verify(
+    original: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    plan: Plan,
+    outputs: Mapping[str, tuple[str, str]],
+    carried: Mapping[int, tuple[int, list[int]]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    precision: Precision = "float64",
+) -> Proof:
+    """Compare ``rewritten`` with ``original`` under masked weights, on one set of inputs.
+
+    ``outputs`` maps each site to the nodes that make its output in the two graphs. Raises VerifyError naming the first site
+    that differs. In float64 both graphs run upcast, so that rounding cannot hide or fake a difference; a graph that cannot
+    (an op without float64) runs in its own dtype, and the proof says so.
+    """
+    weights = masked_weights(original, plan)
+    inputs = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
+    notes: list[str] = []
+    if precision == "float64":
+        try:
+            return _compare(original, rewritten, weights, outputs, carried, inputs, True, notes)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            notes.append(f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used")
+    return _compare(original, rewritten, weights, outputs, carried, inputs, False, notes)
+
+
+def _compare(
+    original: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    outputs: Mapping[str, tuple[str, str]],
+    carried: Mapping[int, tuple[int, list[int]]],
+    inputs: Sequence[Any],
+    wide: bool,
+    notes: list[str],
+) -> Proof:
+    left = _Run(original, weights, wide, {a for a, _ in outputs.values()})
+    right = _Run(rewritten, {}, wide, {b for _, b in outputs.values()})
+    with torch.no_grad():
+        state = torch.random.get_rng_state()
+        expected = pytree.tree_leaves(left.run(*_fresh(inputs), enable_io_processing=False))
+        torch.random.set_rng_state(state)
+        actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
+    dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
+    lowest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0)) if dtypes else torch.float64
+    tolerance = TOLERANCE.get(lowest, 1e-10)
+    proofs = []
+    for site, (a, b) in outputs.items():
+        if a not in left.seen or b not in right.seen:
+            raise VerifyError(f"site {site!r} left no output to compare")
+        proofs.append(SiteProof(site, distance(left.seen[a], right.seen[b]), not bool(left.seen[a].abs().max() > 0)))
+    worst = 0.0
+    for position, (e, r) in enumerate(zip(expected, actual, strict=True)):
+        if isinstance(e, Tensor):
+            if position in carried:
+                dim, entries = carried[position]
+                e = e.index_select(dim, torch.tensor(entries, device=e.device))
+            worst = max(worst, distance(e, r))
+    bad = next((p for p in proofs if not p.error <= tolerance), None)
+    if bad is not None:
+        raise VerifyError(
+            f"the rewritten graph differs from the masked original, first at site {bad.name!r}: relative error "
+            f"{bad.error:.3g}, tolerance {tolerance:.3g} ({'float64' if wide else lowest}). The model was not converted; "
+            "please report the site, and leave it out with a mapping of site patterns"
+        )
+    if not worst <= tolerance:
+        raise VerifyError(
+            f"every site agrees with the masked original, but the outputs differ: relative error {worst:.3g}, "
+            f"tolerance {tolerance:.3g}"
+        )
+    silent = [p.name for p in proofs if p.silent]
+    if silent:
+        notes.append(f"these sites gave zeros on the example inputs, which proves nothing about them: {', '.join(silent)}")
+    return Proof("float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), tuple(notes))
+
+
+def _fresh(inputs: Sequence[Any]) -> list[Any]:
+    return [v.detach().clone() if isinstance(v, Tensor) else v for v in inputs]
+
+
+def distance(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; infinite for other shapes, or NaN on one side only."""
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if bool((expected == actual).all()) else float("inf")
+    nan, inf = expected.isnan(), expected.isinf()
+    if bool((nan != actual.isnan()).any()) or bool((expected[inf] != actual[inf]).any()):
+        return float("inf")
+    finite = ~(nan | inf)
+    if not bool(finite.any()):
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = expected[finite].to(wide), actual[finite].to(wide)
+    gap = float((a - b).abs().max())
+    scale = float(a.abs().max())
+    return gap / scale if scale > 0 else (0.0 if gap == 0 else float("inf"))
+

@@ -1,0 +1,243 @@
+"""The plan: which heads are kept, which KV heads are merged, and how every touched parameter is cut. Data only, JSON.
+
+Schema (version 1)::
+
+    {"format": "sqa-fx-plan", "version": 1,
+     "sites": [{"name": "encoder.layer.0.attention", "heads": 12, "kv_heads": 12, "hq": 6, "hkv": 3, "head_dim": 32,
+                "query_heads": [0, 2, 5, 6, 9, 11],            # head of the original behind each head of the result, in order
+                "query_groups": [[0], [2], [5], [6], [9], [11]],  # original query heads averaged into each new query head
+                "kv_groups": [[0, 2], [5, 6], [9, 11]],        # original KV heads merged into each new KV head
+                "heads_by": "weights", "kv_merge": "mean"}],
+     "parameters": [{"name": "encoder.layer.0.attention.query.weight", "axis": 0, "size": [384, 192], "sites": [...],
+                     "blocks": [{"role": "q", "head": 0, "to": ["0:32"], "from": [["0:32"]], "replaces": [["0:32"]]}, ...],
+                     "dropped": ["32:64", ...]}]}
+
+Head numbers are the model's own (order along the head axis of its attention). Query head ``i`` of the result reads KV head
+``i * hkv // hq`` (for hq < hkv, KV head ``j`` is read by query head ``j * hq // hkv``).
+
+A parameter is cut along ``axis`` from ``size[0]`` to ``size[1]`` entries: for every block, entries ``to`` of the result are
+the mean over the ranges in ``from`` of the original, in that order (``a:b`` or ``a:b:step``, as Python slices). Blocks
+together fill the result exactly. ``replaces`` are the original entries of every head that the new one stands for (more than
+``from`` when one KV head is selected out of several). ``dropped`` are the original entries of heads that are gone. Roles: ``q``, ``k``, ``v``,
+``o``, ``side:*`` (an operand with a head axis), ``rest`` (entries that belong to no head).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqa_fx.errors import InputError, MissingError, PlanError
+
+FORMAT = "sqa-fx-plan"
+VERSION = 1
+Ranges = tuple[str, ...]
+
+
+def to_ranges(indices: Sequence[int]) -> Ranges:
+    """``[0, 1, 2, 8, 10, 12]`` as ``("0:3", "8:13:2")``: slices that give exactly these indices in order."""
+    ranges: list[str] = []
+    start = 0
+    while start < len(indices):
+        stop = start + 1
+        step = indices[stop] - indices[start] if stop < len(indices) else 1
+        while step > 0 and stop < len(indices) and indices[stop] - indices[stop - 1] == step:
+            stop += 1
+        if stop - start == 1 or step <= 0:
+            step, stop = 1, start + 1
+        last = indices[stop - 1] + 1
+        ranges.append(f"{indices[start]}:{last}" + (f":{step}" if step != 1 else ""))
+        start = stop
+    return tuple(ranges)
+
+
+def from_ranges(ranges: Sequence[str]) -> list[int]:
+    """The indices that :func:`to_ranges` encoded. Raises PlanError on malformed text."""
+    indices: list[int] = []
+    for text in ranges:
+        try:
+            numbers = [int(part) for part in text.split(":")]
+            if not 2 <= len(numbers) <= 3 or numbers[0] < 0:
+                raise ValueError(text)
+            indices.extend(range(*numbers))
+        except (ValueError, AttributeError) as error:
+            raise PlanError(f"range {text!r} in the plan is not start:stop or start:stop:step") from error
+    return indices
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """Entries ``to`` of a new parameter: the mean of entries ``sources`` of the old one, standing for ``replaces``."""
+
+    role: str
+    head: int
+    to: Ranges
+    sources: tuple[Ranges, ...]
+    replaces: tuple[Ranges, ...]
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """How one parameter is cut along ``axis``."""
+
+    name: str
+    axis: int
+    size: tuple[int, int]
+    sites: tuple[str, ...]
+    blocks: tuple[HeadBlock, ...]
+    dropped: Ranges = ()
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The heads of one site: ``heads``/``kv_heads`` of the original become ``hq``/``hkv``."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    hq: int
+    hkv: int
+    head_dim: int
+    query_heads: tuple[int, ...]
+    query_groups: tuple[tuple[int, ...], ...]
+    kv_groups: tuple[tuple[int, ...], ...]
+    heads_by: str = "weights"
+    kv_merge: str = "mean"
+
+    @property
+    def identity(self) -> bool:
+        """True when nothing is dropped or merged."""
+        return self.hq == self.heads and self.hkv == self.kv_heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion as data; see the module's docstring for the JSON schema."""
+
+    sites: tuple[SitePlan, ...]
+    parameters: tuple[ParameterPlan, ...] = field(default=())
+
+    def site(self, name: str) -> SitePlan | None:
+        """The plan of site ``name``, or None."""
+        return next((s for s in self.sites if s.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        parameters = []
+        for p in self.parameters:
+            blocks = [
+                {
+                    "role": b.role,
+                    "head": b.head,
+                    "to": list(b.to),
+                    "from": [list(s) for s in b.sources],
+                    "replaces": [list(s) for s in b.replaces],
+                }
+                for b in p.blocks
+            ]
+            parameters.append(
+                {"name": p.name, "axis": p.axis, "size": list(p.size), "sites": list(p.sites), "blocks": blocks,
+                 "dropped": list(p.dropped)}
+            )  # fmt: skip
+        sites = [json.loads(json.dumps(asdict(s))) for s in self.sites]
+        return {"format": FORMAT, "version": VERSION, "sites": sites, "parameters": parameters}
+
+    @staticmethod
+    def from_json(data: Any) -> Plan:
+        """The plan that :meth:`to_json` wrote. Raises PlanError on anything else, naming what is wrong."""
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise PlanError(f"this is no sqa-fx plan: its 'format' is not {FORMAT!r}")
+        if data.get("version") != VERSION:
+            raise PlanError(f"plan version {data.get('version')!r} is not known; this release reads version {VERSION}")
+        try:
+            sites = tuple(_site(entry) for entry in data["sites"])
+            parameters = tuple(_parameter(entry) for entry in data["parameters"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__}: {error}") from error
+        return Plan(sites, parameters)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the plan as JSON. Raises InputError when ``path`` exists (unless ``overwrite``) or cannot be written."""
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} exists; choose another path or pass overwrite=True")
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        except OSError as error:
+            raise InputError(f"cannot write in {target.parent}: {error.strerror}") from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, indent=1)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan. Raises MissingError when there is no such file, PlanError when it is truncated or foreign."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingError(f"no plan at {path}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} cannot be read as a plan: {error}") from error
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path} is not JSON (truncated?): {error}") from error
+        return Plan.from_json(data)
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"{values!r} is not a list of whole numbers")
+    return tuple(values)
+
+
+def _site(entry: Mapping[str, Any]) -> SitePlan:
+    numbers = {k: entry[k] for k in ("heads", "kv_heads", "hq", "hkv", "head_dim")}
+    _ints(list(numbers.values()))
+    site = SitePlan(
+        name=str(entry["name"]),
+        **numbers,
+        query_heads=_ints(entry["query_heads"]),
+        query_groups=tuple(_ints(g) for g in entry["query_groups"]),
+        kv_groups=tuple(_ints(g) for g in entry["kv_groups"]),
+        heads_by=str(entry.get("heads_by", "explicit")),
+        kv_merge=str(entry.get("kv_merge", "mean")),
+    )
+    if len(site.query_groups) != site.hq or len(site.kv_groups) != site.hkv:
+        raise ValueError(f"site {site.name}: hq={site.hq}, hkv={site.hkv} do not match its head groups")
+    return site
+
+
+def _parameter(entry: Mapping[str, Any]) -> ParameterPlan:
+    blocks = tuple(
+        HeadBlock(
+            str(b["role"]),
+            int(b["head"]),
+            tuple(b["to"]),
+            tuple(tuple(s) for s in b["from"]),
+            tuple(tuple(s) for s in b["replaces"]),
+        )
+        for b in entry["blocks"]
+    )
+    for block in blocks:
+        width = len(from_ranges(block.to))
+        if not block.sources or any(
+            len(from_ranges(s)) != width for s in (*block.sources, *block.replaces)
+        ):
+            raise ValueError(f"parameter {entry['name']}: block {block.role} {block.head} does not match its sources")
+    size = _ints(entry["size"])
+    filled = sorted(i for b in blocks for i in from_ranges(b.to))
+    if len(size) != 2 or filled != list(range(size[1])):
+        raise ValueError(f"parameter {entry['name']}: its blocks do not fill {size[-1]} entries exactly")
+    return ParameterPlan(
+        str(entry["name"]), int(entry["axis"]), (size[0], size[1]), tuple(entry["sites"]), blocks, tuple(entry["dropped"])
+    )
