@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._export.serde import schema, serialize
 from torch.export.pt2_archive import constants as names
 
-from sqa_fx.errors import InputError
+from sqa_fx.errors import InputError, SqaError
 from sqa_fx.program_json import check_program_json, check_targets
 from sqa_fx.storage import deserialize_program
 
@@ -72,10 +72,9 @@ def _read(archive: zipfile.ZipFile, path: str) -> torch.export.ExportedProgram:
         constants = _tensors(archive, entries, constants_entry, names.CONSTANTS_DIR, path)
         examples = _examples(archive, entries, path)
         ep = deserialize_program(program, state, constants, examples)
-    except (
-        *(KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError, RuntimeError),
-        serialize.SerializeError,
-    ) as error:
+    except SqaError:
+        raise
+    except Exception as error:  # a damaged program fails in as many ways as torch has checks
         raise InputError(f"{path} cannot be read as an exported program: {type(error).__name__}: {error}") from error
     check_targets(ep, path)
     return ep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -118,8 +119,8 @@ def _from_timm(name: str, pretrained: bool) -> LoadedModel:
     except ImportError as error:
         raise MissingError(f"timm:{name} needs timm: pip install timm") from error
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
-        raise InputError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}, ..." if near else ""))
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise InputError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
     module: nn.Module = timm.create_model(name, pretrained=pretrained)
     return LoadedModel(module.eval(), None, None, f"timm:{name}")
 

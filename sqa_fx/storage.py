@@ -103,7 +103,7 @@ def load_program(directory: str | os.PathLike[str]) -> tuple[torch.export.Export
         raise InputError(
             f"{folder / PROGRAM}: written by torch {body.get('torch')}, not readable by {torch.__version__}: {error}"
         ) from error
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # files that do not fit each other fail in as many ways as torch has checks
         raise InputError(
             f"{folder}: the files do not fit each other: {type(error).__name__}: {error}. Save the model again"
         ) from error
@@ -245,7 +245,7 @@ def _tensor_entries(ep: torch.export.ExportedProgram) -> tuple[dict[str, Tensor]
             if name in parameters:
                 row["parameter"] = parameters[name].requires_grad
             layout[name] = row
-    return entries, layout
+    return entries, {name: layout[name] for name, _ in _named_tensors(ep)}  # state keeps its order
 
 
 def _span(tensor: Tensor) -> int:
