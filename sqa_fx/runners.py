@@ -1,0 +1,230 @@
+"""One way to call a model, whatever runs it: eager PyTorch, torch.compile, ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sqa_fx.errors import InputError, MissingError
+
+CPU_PROVIDER = "CPUExecutionProvider"
+
+_ONNX_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(bool)": torch.bool,
+    "tensor(int8)": torch.int8,
+    "tensor(int16)": torch.int16,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(uint8)": torch.uint8,
+}
+
+
+class Runner(Protocol):
+    """Something that takes the arguments of a model and returns its tensors."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """``eager``, ``compiled`` or ``onnx``."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type that it computes in."""
+        ...
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The output tensors in pytree order; what is not a tensor is left out."""
+        ...
+
+
+class EagerRunner:
+    """Calls the module as it is, without gradients."""
+
+    kind = "eager"
+
+    def __init__(self, module: nn.Module, name: str = "eager") -> None:
+        self.module = module
+        self.name = name
+        self.dtype = module_dtype(module)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """See ``Runner.run``. Raises InputError for outputs that are no pytree of tensors."""
+        with torch.no_grad():
+            return [tensor for _, tensor in named_outputs(self.module(*args, **kwargs))]
+
+
+class CompiledRunner:
+    """Calls ``torch.compile`` of the module, without gradients; ``options`` go to torch.compile."""
+
+    kind = "compiled"
+
+    def __init__(self, module: nn.Module, name: str = "compiled", **options: Any) -> None:
+        self.module = module
+        self.name = name
+        self.dtype = module_dtype(module)
+        self._compiled = torch.compile(module, **options)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """See ``Runner.run``. Raises InputError for outputs that are no pytree of tensors."""
+        with torch.no_grad():
+            return [tensor for _, tensor in named_outputs(self._compiled(*args, **kwargs))]
+
+
+class OnnxRunner:
+    """An ONNX Runtime session; inputs and outputs go through host memory.
+
+    ``providers`` are execution providers by name, and all of them must really be in use: ONNX Runtime lists CUDA even
+    on a machine without a GPU. Raises MissingError when onnxruntime, the file or a provider is missing, and InputError
+    when the model cannot be loaded.
+    """
+
+    kind = "onnx"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        name: str = "onnx",
+        *,
+        providers: Sequence[str] = (CPU_PROVIDER,),
+        session_options: Any = None,
+    ) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as e:
+            raise MissingError(
+                "running an ONNX model needs onnxruntime, which is not installed: pip install onnxruntime"
+            ) from e
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MissingError(f"there is no ONNX model at {self.path}")
+        self.name = name
+        unknown = [p for p in providers if p not in ort.get_available_providers()]
+        if unknown:
+            raise MissingError(
+                f"onnxruntime was built without {', '.join(unknown)}; it has {', '.join(ort.get_available_providers())}"
+            )
+        try:
+            self._session = ort.InferenceSession(str(self.path), session_options, providers=list(providers))
+        except Exception as e:  # onnxruntime's own exception types have no common base
+            raise InputError(f"onnxruntime cannot load {self.path}: {e}") from e
+        absent = [p for p in providers if p not in self._session.get_providers()]
+        if absent:
+            raise MissingError(
+                f"asked for {', '.join(absent)}, but the session runs on {', '.join(self._session.get_providers())}; "
+                "check the driver and install the GPU build of onnxruntime"
+            )
+        self._inputs = list(self._session.get_inputs())
+        self.input_names = tuple(i.name for i in self._inputs)
+        self.output_names = tuple(o.name for o in self._session.get_outputs())
+        kinds = [_ONNX_DTYPES.get(x.type) for x in (*self._session.get_outputs(), *self._inputs)]
+        self.dtype = next((d for d in kinds if d is not None and d.is_floating_point), torch.float32)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """See ``Runner.run``; keyword tensors go to the inputs of their names, all others to the rest in order.
+
+        Raises InputError when count, dtype, rank or shape of the tensors is not what the model takes.
+        """
+        feed = self._feed(args, kwargs)
+        return [torch.from_numpy(value) for value in self._session.run(None, feed)]
+
+    def _feed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        tensors: dict[str, Tensor] = {}
+        in_order: list[Tensor] = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        for path, leaf in pytree.tree_flatten_with_path(dict(kwargs))[0]:
+            if not isinstance(leaf, Tensor):
+                continue  # a constant, written into the model when it was exported
+            name = path_name(path)
+            if name in self.input_names:
+                tensors[name] = leaf
+            else:
+                in_order.append(leaf)
+        rest = [name for name in self.input_names if name not in tensors]
+        if len(rest) != len(in_order):
+            have = len(tensors) + len(in_order)
+            raise InputError(
+                f"{self.path.name} takes {len(self.input_names)} tensors, {', '.join(self.input_names)}, but got {have}"
+                + (f", of which {', '.join(tensors)} by name" if tensors else "")
+            )
+        tensors.update(zip(rest, in_order, strict=True))
+        sizes: dict[str, tuple[int, str]] = {}
+        return {i.name: self._checked(i, tensors[i.name], sizes) for i in self._inputs}
+
+    def _checked(self, spec: Any, value: Tensor, sizes: dict[str, tuple[int, str]]) -> Any:
+        """The array of ``value``; ``sizes`` collects what each symbol stands for, so that inputs agree on it."""
+        where = f"input {spec.name} of {self.path.name}"
+        dtype = _ONNX_DTYPES.get(spec.type)
+        if dtype != value.dtype:
+            raise InputError(f"{where} is {spec.type}, but got {value.dtype}; pass x.to({dtype})")
+        if dtype == torch.bfloat16:
+            raise InputError(
+                f"{where} is bfloat16, which has no numpy type to pass it in; export in float16 or float32"
+            )
+        if len(spec.shape) != value.dim():
+            raise InputError(f"{where} has {len(spec.shape)} axes {spec.shape}, but got shape {list(value.shape)}")
+        for axis, (want, have) in enumerate(zip(spec.shape, value.shape, strict=True)):
+            if isinstance(want, int) and want != have:
+                raise InputError(
+                    f"{where} has size {want} at axis {axis} of {spec.shape}, but got shape {list(value.shape)}; "
+                    "export with dynamic_shapes to make it free"
+                )
+            if isinstance(want, str):
+                size, first = sizes.setdefault(want, (have, spec.name))
+                if size != have:
+                    raise InputError(
+                        f"{where} has size {have} at axis {axis}, {want!r}, which is {size} in input {first}; "
+                        "they must be equal"
+                    )
+        return value.detach().cpu().contiguous().numpy()
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """The type of the first floating point parameter or buffer; float32 for a module without any."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a model's output in pytree order, each with the keys that lead to it (``output`` for a lone one).
+
+    Raises InputError for an object that pytree cannot look into: what it holds would go unseen.
+    """
+    try:
+        flat = [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(output)[0]]
+    except ValueError:  # a container that was registered without its keys
+        flat = [(str(i), leaf) for i, leaf in enumerate(pytree.tree_leaves(output))]
+    result = []
+    for name, leaf in flat:
+        if isinstance(leaf, Tensor):
+            result.append((f"output_{name}" if name.isdigit() else name or "output", leaf))
+        elif not (leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device))):
+            raise InputError(
+                f"the model returns a {type(leaf).__name__}, which torch.utils._pytree cannot look into; return "
+                "tensors, tuples or dicts, or register the class"
+            )
+    return result
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """``hidden_states_0`` for the pytree path of ``output["hidden_states"][0]``."""
+    parts = []
+    for entry in path:
+        values = [getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a)]
+        parts.append(str(values[0] if values else entry))
+    return "_".join(parts)
