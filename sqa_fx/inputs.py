@@ -27,6 +27,7 @@ _BATCH = 2
 # Lengths that differ from each other and from usual sizes, so that no axis is mistaken for another.
 _SEQUENCE, _DECODER_SEQUENCE = 11, 9
 _SEED = 0
+_NOT_TOKENS = ("token_type_ids", "position_ids")
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
@@ -42,8 +43,9 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def parse_input_spec(text: str, *, vocabulary: int | None = None, seed: int = _SEED) -> tuple[str, Tensor]:
     """Make the input that ``text`` names: ``name:dtype[shape]``.
 
-    Floating inputs are standard normal; integers uniform in ``[0, vocabulary)``, or in ``[0, 2)`` without one; a bool
-    input is a mask that is True everywhere. The same text and seed give the same tensor.
+    Floating inputs are standard normal; integers uniform in ``[0, vocabulary)``, or in ``[0, 2)`` without one or for
+    inputs that count something else than tokens; bools, and all that is called a mask, are True or 1 everywhere. The
+    same text and seed give the same tensor.
 
     Raises:
         InputError: the text does not follow the grammar, or names an unknown dtype.
@@ -57,7 +59,10 @@ def parse_input_spec(text: str, *, vocabulary: int | None = None, seed: int = _S
     sizes = [part.strip() for part in match["shape"].split(",")] if match["shape"].strip() else []
     if not all(size.isdigit() for size in sizes):
         raise InputError(f"input {text!r}: every size must be a number; write it as {SPEC_GRAMMAR}")
-    return match["name"], _random([int(size) for size in sizes], dtype, _generator(seed), vocabulary)
+    name, shape = match["name"], [int(size) for size in sizes]
+    if name.endswith("mask"):
+        return name, torch.ones(shape, dtype=dtype)
+    return name, _random(shape, dtype, _generator(seed), None if name in _NOT_TOKENS else vocabulary)
 
 
 def bind_inputs(target: nn.Module | torch.export.ExportedProgram, tensors: Mapping[str, Tensor]) -> Inputs:
@@ -80,7 +85,7 @@ def bind_inputs(target: nn.Module | torch.export.ExportedProgram, tensors: Mappi
     parameters = inspect.signature(target.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         _refuse_unknown(tensors, list(parameters))
-    return (), dict(tensors)
+    return (), {**tensors, **_no_cache(target)}
 
 
 def example_inputs(model: nn.Module) -> Inputs | None:
@@ -105,7 +110,7 @@ def _transformers_inputs(model: nn.Module) -> Inputs | None:
     if not isinstance(main, str):
         return None
     generator = _generator(_SEED)
-    kwargs: dict[str, Tensor | bool] = {}
+    kwargs: dict[str, Tensor] = {}
     wanted = [main]
     if getattr(config, "text_config", None) is not None and getattr(config, "vision_config", None) is not None:
         # A two-tower model names one main input, but its forward needs both.
@@ -120,9 +125,13 @@ def _transformers_inputs(model: nn.Module) -> Inputs | None:
         kwargs[name] = _random(
             shape, torch.int64 if tokens else _dtype(model), generator, vocabulary_size(model) if tokens else None
         ).to(_device(model))
-    if "use_cache" in parameters:
-        kwargs["use_cache"] = False  # caches are outputs that carry heads; nobody asks for one here
-    return (), dict(kwargs)
+    return (), {**kwargs, **_no_cache(model)}
+
+
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    """Ask a transformers model for no cache: it is an output that carries heads, and nobody asked for one here."""
+    ours = hasattr(model, "config") and hasattr(model, "main_input_name")
+    return {"use_cache": False} if ours and "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _transformers_shape(name: str, config: Any) -> list[int] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,9 +154,10 @@ def _from_transformers(path: Path) -> LoadedModel:
             f"transformers {transformers.__version__} has no {architectures[0]}, and code in the folder is not run"
         )
     try:
-        module, info = cls.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with _quiet_off_terminal(transformers.utils.logging):
+            module, info = cls.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # transformers and safetensors raise many kinds; each means that the files are at fault
         raise InputError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     if info.get("mismatched_keys"):
@@ -164,3 +167,16 @@ def _from_transformers(path: Path) -> LoadedModel:
         warnings.warn(f"{path} has no weights for {', '.join(missing[:5])}: they are random", stacklevel=3)
     model: nn.Module = module.eval()
     return LoadedModel(model, None, None, f"{path} ({architectures[0]})")
+
+
+@contextlib.contextmanager
+def _quiet_off_terminal(library: Any) -> Iterator[None]:
+    """No progress bars of transformers where stderr is a file."""
+    if sys.stderr.isatty() or not library.is_progress_bar_enabled():
+        yield
+        return
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.enable_progress_bar()

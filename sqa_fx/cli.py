@@ -1,0 +1,134 @@
+"""The command ``sqa-fx``: its arguments, its exit codes, and how it says what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sqa_fx import cli_compare, cli_convert
+from sqa_fx.errors import InputError, SqaError
+from sqa_fx.inputs import SPEC_GRAMMAR
+from sqa_fx.models import FORMS
+
+_EPILOG = f"""
+{FORMS}
+an input is {SPEC_GRAMMAR}
+
+exit codes: 0 fine; 1 a proof or a comparison failed; 2 bad usage or input; 3 a package, file or device is missing
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage ends as every other error does, in `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage().strip()}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(
+        prog="sqa-fx",
+        description="Rewrite the attention of a trained model into Sparse Query Attention; prove, export, compare it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sqa-fx {importlib.metadata.version('sqa-fx')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser(
+        "inspect", help="list the attention sites of a model and what a conversion would save"
+    )
+    cli_convert.add_model(inspect)
+    cli_convert.add_request(inspect)
+    inspect.set_defaults(run=cli_convert.run_inspect)
+
+    convert = commands.add_parser("convert", help="convert a model, prove the result and save it")
+    cli_convert.add_model(convert)
+    cli_convert.add_request(convert)
+    cli_convert.add_conversion(convert)
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to save to")
+    convert.add_argument("--save-plan", type=Path, metavar="FILE", help="also write the plan as JSON")
+    convert.set_defaults(run=cli_convert.run_convert)
+
+    export = commands.add_parser(
+        "export", help="write a model as ONNX, converted first if --hq, --hkv or --plan says so"
+    )
+    cli_convert.add_model(export)
+    cli_convert.add_request(export)
+    cli_convert.add_conversion(export)
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .onnx file to write")
+    export.add_argument("--opset", type=int, default=24, help="ONNX operator set (default: 24)")
+    export.set_defaults(run=cli_convert.run_export)
+
+    validate = commands.add_parser("validate", help="compare artifacts with the first one, which runs in float64")
+    cli_compare.add_artifacts(validate)
+    validate.add_argument("--atol", type=float, help="slack on top of twice eager's own error (default: by dtype)")
+    validate.set_defaults(run=cli_compare.run_validate)
+
+    bench = commands.add_parser("bench", help="measure the latency of artifacts on the same inputs")
+    cli_compare.add_artifacts(bench)
+    bench.add_argument("--iterations", type=int, default=20, help="measured calls of each artifact (default: 20)")
+    bench.add_argument("--warmup", type=int, default=3, help="calls before them (default: 3)")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies into this .png")
+    bench.set_defaults(run=cli_compare.run_bench)
+
+    for command in (convert, export, bench):
+        command.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
+    for command in (inspect, convert, export, validate, bench):
+        command.add_argument("--json", action="store_true", help="print JSON, errors too")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.epilog = _EPILOG
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: that of the process) and return its exit code.
+
+    Every error is one message on stderr (with ``--json``, an object on stdout); ``--debug`` adds the traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with warnings.catch_warnings():
+            # Notes between torch and its own libraries; a warning of ours is a UserWarning and stays.
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            options = build_parser().parse_args(arguments)
+            code: int = options.run(options)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # The reader went away (`sqa-fx inspect ... | head`): nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("sqa-fx: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _report(error, arguments)
+
+
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    known = isinstance(error, SqaError)
+    code = error.exit_code if isinstance(error, SqaError) else 2
+    message = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    if "--json" in arguments:
+        print(json.dumps({"error": {"kind": type(error).__name__, "message": message, "exit_code": code}}, indent=2))
+    else:
+        print(f"sqa-fx: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
