@@ -295,7 +295,10 @@ def _attention_op(op: Opset, p: _Problem, dtype: Any, scale: Any, causal: bool) 
     """The Attention op on ``[batch, len, heads*d]``: its transposes cancel those that split the heads."""
     q = p.query.value
     # Kernels multiply both sides by sqrt(scale) and read 0 as "default", so only a positive number can be an attribute.
-    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+    if dtype.name == "DOUBLE" and scale is None and isinstance(p.query.dims[3], int):
+        scale = p.query.dims[3] ** -0.5
+    # An attribute is a float32, so a double scale is multiplied in as well.
+    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0 and dtype.name != "DOUBLE"):
         q, scale = _scaled(op, q, dtype, scale), 1.0
     q3, k3, v3 = (
         _heads_last(op, value, x.dims) for value, x in ((q, p.query), (p.key.value, p.key), (p.value.value, p.value))
@@ -414,7 +417,9 @@ def _ints(op: Opset, values: list[int]) -> Value:
 
 
 def _scalar(op: Opset, number: float, dtype: Any) -> Value:
-    return op.Cast(op.Constant(value_float=float(number)), to=dtype)
+    import onnx_ir
+
+    return op.Constant(value=onnx_ir.tensor(float(number), dtype=dtype))
 
 
 def _scaled(op: Opset, query: Value, dtype: Any, scale: Any) -> Value:

@@ -278,6 +278,17 @@ def test_half_precision(opset: int) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 24])
+def test_double_keeps_its_precision(opset: int) -> None:
+    """The scale is irrational: kept as a float32 anywhere, it would cost half of the digits."""
+    torch.manual_seed(0)
+    module = SelfAttention().double().eval()
+    inputs = self_attention_inputs(3, 11, torch.float64)
+    run = session(export(module, inputs, opset))
+    got = torch.from_numpy(run.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
+    torch.testing.assert_close(got, module(**inputs), atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("opset", [18, 24])
 def test_bfloat16_stays_bfloat16(opset: int) -> None:
     """ONNX Runtime's CPU provider has no bf16 kernels, so only the types are looked at."""
     program = export(SelfAttention().bfloat16(), self_attention_inputs(3, 11, torch.bfloat16), opset, SELF_DYNAMIC)
