@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from sqa_fx.errors import CaptureError, InputError
+from sqa_fx.passes.graph import attribute, drop_dead_code
 from sqa_fx.passes.hints import is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name
 
@@ -173,7 +174,7 @@ def _normalise(module: fx.GraphModule) -> None:
     first: dict[int, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            held = _get(module, str(node.target))
+            held = attribute(module, node.target)
             if isinstance(held, torch.Tensor):
                 kept = first.setdefault(id(held), node)
                 if kept is not node:
@@ -184,16 +185,9 @@ def _normalise(module: fx.GraphModule) -> None:
                 graph.erase_node(node)
         elif op_name(node) == "native_dropout":
             _plain_dropout(graph, node)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     graph.lint()
     module.recompile()
-
-
-def _get(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _plain_dropout(graph: fx.Graph, node: fx.Node) -> None:
@@ -234,7 +228,7 @@ def clone_graph(module: fx.GraphModule) -> fx.GraphModule:
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            held = _get(module, str(node.target))
+            held = attribute(module, node.target)
             if isinstance(held, torch.Tensor):
                 memo[id(held)] = held
         if "val" in node.meta:

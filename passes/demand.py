@@ -134,11 +134,10 @@ class _Follower:
 
     def _demanded(self, labels: Labels, kind: Kind) -> bool:
         first, last = low(labels), high(labels)
-        one = first == last
-        if self.site.kv_heads > 1 or kind == "core":
-            inside = (last >= first) & (self.kv[first.clamp(max=self.site.heads - 1)] == self.kv[last.clamp(min=0)])
-            one = one | (inside if self.site.kv_heads > 1 else torch.zeros_like(one))
-        return bool(one.any())
+        wanted = first == last
+        if self.site.kv_heads > 1 or kind == "kv":
+            wanted |= (last >= first) & (self.kv[first.clamp(max=self.site.heads - 1)] == self.kv[last.clamp(min=0)])
+        return bool(wanted.any())
 
     # -- backward ------------------------------------------------------------------------------------------------
 
@@ -175,8 +174,23 @@ class _Follower:
                     push(source, back)
             elif isinstance(description, Aligned):
                 self._aligned_backward(node, description, found, role, push)
-            else:
+            elif varying(found) or kind == "core" or site.kv_heads > 1:
                 self._frontier(node, found, role, description.reason)
+        if site.kv_heads == 1 and kind == "kv":
+            self._prune(role)
+
+    def _prune(self, role: str) -> None:
+        """With one KV head every element is labelled alike: keep only what really comes from a parameter cut elsewhere."""
+        reached = {use.node for use in self.site.leaves if use.role == role}
+        stack = list(reached)
+        while stack:
+            for user in stack.pop().users:
+                passes = (role, user) in self.labels or isinstance(user.meta.get("val"), tuple | list)
+                if passes and user not in reached:
+                    reached.add(user)
+                    stack.append(user)
+        for key in [k for k in self.labels if k[0] == role and k[1] not in reached]:
+            del self.labels[key]
 
     def _aligned_backward(self, node: fx.Node, description: Aligned, found: Labels, role: str, push: object) -> None:
         assert callable(push)
@@ -200,6 +214,8 @@ class _Follower:
         axes = varying(found)
         if len(axes) > 1:
             raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node)
+        if not axes and self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
+            return
         if not axes:
             raise Refused(f"parameter {node.target} belongs to one head as a whole", node)
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):

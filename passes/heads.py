@@ -66,6 +66,37 @@ class HeadCount:
 
 def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
     """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be dropped."""
+    try:
+        return _count(facts, core)
+    except _SharedQuery as shared:
+        node = _mixer(facts, core.q)
+        if node is not None:
+            raise Refused("a norm or reduction of the query runs across heads", node) from shared
+        raise
+
+
+class _SharedQuery(Refused):
+    """Every head seems to read the same query."""
+
+
+def _mixer(facts: GraphFacts, target: fx.Node) -> fx.Node | None:
+    """The op on the way to ``target`` without which its channels would fall into more classes."""
+    region, _ = _region(facts, target)
+    for node in region:
+        description = step(node)
+        if isinstance(description, Aligned) and (
+            description.locked or any(d is not None and d < 0 for o in description.operands for d in o.dims)
+        ):
+            if description.locked:
+                crossed = any(len(varying(n)) for n in _channel_numbers(facts, description.operands[0].node))
+                if crossed:
+                    return node
+            elif any(varying(n) for n in _channel_numbers(facts, target, skipped=node)):
+                return node
+    return None
+
+
+def _count(facts: GraphFacts, core: Core) -> HeadCount:
     if core.fused:
         return _count_fused(facts, core)
     score, value = aligned(core.score), aligned(core.value)
@@ -76,6 +107,10 @@ def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
     }
     rank = len(shape_of(core.score))
     q = _operand_classes(facts, core.q, q_operand, shared, rank)
+    own = {d for d in q_operand.dims if d is not None and d >= 0}
+    if (q.numel() == 1 or _depends_on_more(facts, core, q)) and own != shared:
+        # Heads may lie along a dimension that only the query has (one KV head for all, grouped queries).
+        q = _operand_classes(facts, core.q, q_operand, own, rank)
     k = _operand_classes(facts, core.k, k_operand, shared, rank)
     q, k = _same_shape(q, k)
     width = int(k.max()) + 1
@@ -126,6 +161,12 @@ def _count_fused(facts: GraphFacts, core: Core) -> HeadCount:
     heads, tables = _number(q, k, v)
     heads = compress(heads)
     return HeadCount(*tables, heads, heads)
+
+
+def _depends_on_more(facts: GraphFacts, core: Core, q: Tensor) -> bool:
+    """True when the query's channels vary along more dimensions than the ones it shares with the keys."""
+    dims = {d for numbers in _channel_numbers(facts, core.q) for d in varying(numbers)}
+    return len(dims) > len(varying(q)) + 1 and core.q not in facts.constants
 
 
 def _same_shape(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +305,7 @@ def _number(
         kv_appearance.setdefault(row[1:], len(kv_appearance))
     if len({row[0] for row in appearance}) != len(appearance):
         if len({row[0] for row in appearance}) == 1 and len(appearance) > 1:
-            raise Refused("all heads share one query")
+            raise _SharedQuery("all heads share one query")
         raise Refused("several heads share a query")
     ordered = sorted(appearance, key=lambda row: (kv_appearance[row[1:]], appearance[row]))
     canonical = {row: i for i, row in enumerate(ordered)}
@@ -273,8 +314,11 @@ def _number(
     return numbers, (kv_of, tuple(appearance[row] for row in ordered), tuple(range(len(kv_appearance))))
 
 
-def _channel_numbers(facts: GraphFacts, target: fx.Node) -> list[Tensor]:
-    """For every source of ``target`` that has channels: the channel number of each element (-1: none), compressed."""
+def _channel_numbers(facts: GraphFacts, target: fx.Node, skipped: fx.Node | None = None) -> list[Tensor]:
+    """For every source of ``target`` that has channels: the channel number of each element (-1: none), compressed.
+
+    What ``skipped`` contributes is left out.
+    """
     region, sources = _region(facts, target)
     results = []
     for source in sources:
@@ -290,7 +334,7 @@ def _channel_numbers(facts: GraphFacts, target: fx.Node) -> list[Tensor]:
                     known = {s: values[s] for s in description.sources if s in values}
                     values[node] = facts.carrier.move_forward(node, known, missing=-1)
             elif isinstance(description, Aligned):
-                moved = _mix(description, values, len(shape_of(node)), classes)
+                moved = _mix(description, values, len(shape_of(node)), classes) if node is not skipped else None
                 if moved is not None:
                     values[node] = moved
         if target in values:
@@ -326,8 +370,8 @@ def _mix(description: Aligned, values: dict[fx.Node, Tensor], rank: int, classes
 
 
 def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, or
-    whatever else labels cannot cross."""
+    """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, and for a
+    target that depends on parameters only, those parameters."""
     region: list[fx.Node] = []
     sources: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -338,9 +382,7 @@ def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.
             continue
         seen.add(node)
         description = step(node)
-        if node in facts.constants:
-            if node is target:
-                sources.append(node)
+        if node in facts.constants and target not in facts.constants:
             continue
         if isinstance(description, Move):
             region.append(node)
@@ -348,13 +390,16 @@ def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.
             continue
         if isinstance(description, Aligned):
             weights = [o.node for o in description.operands[:2] if o.node in facts.constants]
+            if not weights and not description.operands:
+                continue
             if description.contraction and weights and not _keeps_channels(description, facts):
                 sources.append(node)
                 continue
             region.append(node)
             stack.extend(o.node for o in description.operands)
             continue
-        sources.append(node)
+        if node.op == "get_attr":
+            sources.append(node)
     region.sort(key=facts.order.__getitem__)
     return region, sources
 
@@ -369,16 +414,14 @@ def _keeps_channels(description: Aligned, facts: GraphFacts) -> bool:
 def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
     """A number for every output channel of a source, in the compressed shape of its output."""
     rank = len(shape_of(node))
-    if node in facts.constants:
-        shape = shape_of(node)
-        return torch.arange(torch.Size(shape).numel()).view(shape)
     description = step(node)
-    channels = [rank - 1]
-    if isinstance(description, Aligned) and description.contraction:
-        data = next(o for o in description.operands if o.node not in facts.constants)
-        weight = next(o for o in description.operands if o.node in facts.constants)
-        given = {d for d in data.dims if d is not None and d >= 0}
-        channels = sorted({d for d in weight.dims if d is not None and d >= 0} - given)
+    if not isinstance(description, Aligned):
+        shape = list(shape_of(node))
+        return torch.arange(torch.Size(shape).numel()).view(shape)
+    first, second = description.operands[:2]
+    weight, data = (second, first) if second.node in facts.constants else (first, second)
+    given = {d for d in data.dims if d is not None and d >= 0}
+    channels = sorted({d for d in weight.dims if d is not None and d >= 0} - given)
     shape = [1] * rank
     for dim in channels:
         shape[dim] = shape_of(node)[dim]

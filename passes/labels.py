@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sqa_fx.passes.hints import concrete, hint, is_tensor, shape_of, value_of
+from sqa_fx.passes.evaluate import constant_tensor
+from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.ops import IDENTITY_MOVES, Aligned, Move, Operand, moved_from, op_name, step
 
 _SHIFT = 24
@@ -274,42 +275,3 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def constant_tensor(node: fx.Node, owner: fx.GraphModule, limit: int = 400) -> Tensor | None:
-    """The value of a node that depends on constants and sizes only, at the example sizes; None when it depends on data."""
-    order: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        value = value_of(n)
-        if n.op == "placeholder" and isinstance(value, torch.Tensor):
-            return None
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
-            continue
-        if len(seen) > limit:
-            return None
-        order.append(n)
-        stack.extend(n.all_input_nodes)
-    results: dict[fx.Node, Any] = {}
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
-    try:
-        with torch.no_grad():
-            for n in sorted(order, key=position.__getitem__):
-                if n.op == "get_attr":
-                    results[n] = operator.attrgetter(str(n.target))(owner)
-                elif n.op == "call_function":
-                    args, kwargs = fx.node.map_arg(
-                        concrete((n.args, dict(n.kwargs))), lambda a: results[a]
-                    )
-                    results[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-                else:
-                    return None
-    except (RuntimeError, KeyError, TypeError, ValueError):
-        return None
-    value = results[node]
-    return value if isinstance(value, Tensor) else None

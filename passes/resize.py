@@ -163,10 +163,10 @@ class Resizer:
         if source.kept is not None and not any(d in source.kept for d in dims):
             return
         index = self.index_value(holder[position])
-        out_kept = (out.kept or {}).get(dims[0])
-        if source.kept is None or len(dims) > 1 or index is None or index.dim() != 1 or out_kept is None:
+        if source.kept is None or out.kept is None or len(dims) > 1 or index is None or index.dim() != 1:
             raise Refused("heads are gathered by an index that is not a fixed list", maker)
         kept = source.kept[dims[0]]
+        out_kept = out.kept.get(dims[0], torch.ones(index.numel(), dtype=torch.bool))
         place = torch.cumsum(kept.long(), 0) - 1
         chosen = index[out_kept]
         if not bool(kept[chosen].all()):

@@ -16,15 +16,16 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.passes.demand import CORE
+from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
-from sqa_fx.passes.graph import attribute, fake_mode_of
-from sqa_fx.passes.hints import is_tensor, shape_of, value_of
-from sqa_fx.passes.labels import constant_tensor, single, varying
+from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
+from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
+from sqa_fx.passes.labels import single, varying
 from sqa_fx.passes.layout import DROP, Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, op_name, set_argument, step
 from sqa_fx.passes.parameters import Cut, cut_tensor
 from sqa_fx.passes.resize import Resizer
-from sqa_fx.passes.site import LeafUse, Refused, Site
+from sqa_fx.passes.site import LeafUse, Refusal, Refused, Site
 from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
 
 
@@ -36,6 +37,7 @@ class Rewritten:
     outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
     cores: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """For each graph output that carries heads: the dimension and the original entries that stay along it."""
 
@@ -55,23 +57,38 @@ def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx
 
 
 def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan]) -> Rewritten:
-    """Rewrite every site that has a plan other than identity, in place on ``facts.module``."""
+    """Rewrite every site that has a plan other than identity, in place on ``facts.module``.
+
+    Every new region is built before any old one is replaced. A site whose region cannot be built is refused, and the
+    others are built again without it, since sites may share parameters.
+    """
     module = facts.module
     result = Rewritten()
-    cuts = plan_parameters(sites, plans)
-    builder_parameters = _Parameters(module, cuts)
-    built = []
-    for site in sites:
-        plan = plans.get(site.name)
-        if plan is None or plan.identity:
-            continue
-        builder = _Builder(facts, site, Layout(site, plan), builder_parameters)
-        result.outputs[site.name], result.cores[site.name] = builder.run(result)
-        built.append(builder)
-    for builder in built:
+    wanted = {name: plan for name, plan in plans.items() if not plan.identity}
+    while True:
+        cuts = plan_parameters(sites, wanted)
+        parameters = _Parameters(module, cuts)
+        builders, refused = [], []
+        for site in sites:
+            if site.name in wanted:
+                builder = _Builder(facts, site, Layout(site, wanted[site.name]), parameters)
+                try:
+                    builder.prepare()
+                except Refused as reason:
+                    refused.append(Refusal(site.name, reason.reason, reason.nodes, site.heads))
+                builders.append(builder)
+        if not refused:
+            break
+        result.refused.extend(refused)
+        for refusal in refused:
+            del wanted[refusal.name]
+        drop_dead_code(module.graph)
+    for builder in builders:
+        result.outputs[builder.site.name], result.cores[builder.site.name] = builder.commit(result)
+    for builder in builders:
         builder.release_sizes()
-    module.graph.eliminate_dead_code()
-    builder_parameters.finish(result)
+    drop_dead_code(module.graph)
+    parameters.finish(result)
     result.parameters = tuple(cut.plan() for cut in cuts.values())
     for node in module.graph.nodes:
         node.meta.pop("sqa_step", None)
@@ -182,6 +199,7 @@ class _Builder:
         self.built: dict[tuple[str, fx.Node], fx.Node] = {}
         self.shapes: dict[tuple[str, fx.Node], NewShape] = {}
         self.fused: dict[fx.Node, fx.Node] = {}
+        self.projections: dict[fx.Node, fx.Node] = {}
         self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
         self.segments = {
             (u.role, u.node): parameters.cuts[u.node].add(layout, u) for u in site.leaves
@@ -189,30 +207,40 @@ class _Builder:
 
     # -- the public steps ----------------------------------------------------------------------------------------
 
-    def run(self, result: Rewritten) -> tuple[tuple[str, str], str]:
-        """Build, and put the new output projections (and outputs that carry heads) in the place of the old ones."""
-        projections = [
+    def prepare(self) -> None:
+        """Build the new region; nothing of the old one changes yet. Raises Refused when it cannot be built."""
+        for node in self._output_projections():
+            self.projections[node] = self._copy(node, lambda a: self._operand(a))
+        for node in self.site.carried_outputs:
+            if len(varying(self.site.labels[CORE, node])) != 1:
+                raise Refused("an output of the model has heads along several dimensions", node)
+            self.build(CORE, node)
+
+    def _output_projections(self) -> list[fx.Node]:
+        labels = self.site.labels
+        return [
             n
             for n in self.site.projections
-            if any(("o", o) in self.site.labels for o in n.all_input_nodes) and (CORE, n) not in self.site.labels
-            and any((CORE, i) in self.site.labels for i in n.all_input_nodes)
+            if (CORE, n) not in labels
+            and any(("o", i) in labels for i in n.all_input_nodes)
+            and any((CORE, i) in labels for i in n.all_input_nodes)
         ]
+
+    def commit(self, result: Rewritten) -> tuple[tuple[str, str], str]:
+        """Put the new output projections, and outputs that carry heads, in the place of the old ones."""
         names = ("", "")
-        for node in projections:
-            new = self._copy(node, lambda a: self._operand(a, node))
+        for node, new in self.projections.items():
             node.replace_all_uses_with(new)
             names = (node.name, new.name)
         for node in self.site.carried_outputs:
             output = next(iter(reversed(self.graph.nodes)))
             labels = self.site.labels[CORE, node]
-            if len(varying(labels)) != 1:
-                raise Refused("an output of the model has heads along several dimensions", node)
-            flat = [n for n in output.all_input_nodes] if not isinstance(output.args[0], list | tuple) else output.args[0]
+            entries = self.layout.kept_entries(labels.reshape(-1), CORE)
+            flat = output.args[0] if isinstance(output.args[0], list | tuple) else output.args
             for position, entry in enumerate(flat):
                 if entry is node:
-                    entries = self.layout.kept_entries(labels.reshape(-1), CORE)
                     result.carried[position] = (varying(labels)[0], entries)
-            output.replace_input_with(node, self.build(CORE, node))
+            output.replace_input_with(node, self.built[CORE, node])
             result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
         return names, self.built[CORE, self.site.core.value].name
 
@@ -264,12 +292,11 @@ class _Builder:
         found = self._role(node, role)
         return node if found is None else self.build(found, node)
 
-    def _operand(self, node: fx.Node, user: fx.Node) -> fx.Node:
+    def _operand(self, node: fx.Node) -> fx.Node:
         """An operand of an output projection: the activations under the core role, the weight under its own."""
         for role in (CORE, "o"):
             if (role, node) in self.site.labels:
                 return self.build(role, node)
-        del user
         return node
 
     def _shape(self, role: str, node: fx.Node) -> NewShape:
@@ -279,6 +306,8 @@ class _Builder:
 
     def _emit(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before ``before``, with its fake value."""
+        if target is torch.ops.aten.slice.Tensor and args[2] == 0 and args[3] == value_of(args[0]).shape[args[1]]:
+            return args[0]  # type: ignore[no-any-return]
         with self.graph.inserting_before(before):
             new = self.graph.call_function(target, args, kwargs)
         new.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
@@ -329,6 +358,12 @@ class _Builder:
             return fx.node.map_arg(value, lambda a: self._reach(role, a) if is_tensor(a) else a)
 
         target, args, kwargs = self._resizer(node).move(node, swap, self._shape(role, node), before)
+        if op_name(node) in ("cat", "concat", "concatenate"):
+            # A part without elements carries no labels, and so did not shrink with the others.
+            args = ([t for t in args[0] if 0 not in value_of(t).shape] or args[0], *args[1:])
+        if op_name(node) in ("view", "_unsafe_view") and is_tensor(node):
+            # Another attention kernel may serve the smaller shapes, and lay its output out in memory differently.
+            target = torch.ops.aten.reshape.default
         return self._emit(node, target, *args, **kwargs)
 
     def _select(self, role: str, node: fx.Node) -> fx.Node:
@@ -405,8 +440,9 @@ class _Builder:
         sizes = self._shape(CORE, node)
         for dim in varying(labels):
             shape[dim] = shape[dim] * sizes.new[dim] // sizes.old[dim]
+        layout = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
         with self.fake_mode:
-            new.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+            new.meta["val"] = torch.empty_permuted(shape, layout, dtype=old.dtype, device=old.device)
         return new
 
     def _contraction_core(self, node: fx.Node) -> fx.Node:
@@ -445,7 +481,7 @@ class _Builder:
             return new
         dim, times = dims[0], self.layout.wide // self.layout.heads_of(role)
         run = _run_length(labels.reshape(-1))
-        rank = len(value_of(new).shape)
+        rank, source = len(value_of(new).shape), new
         emit = self._emit
         if run > 1:
             heads = self.layout.heads_of(role)
@@ -457,7 +493,10 @@ class _Builder:
         wide = [-1] * (rank + 1 + int(run > 1))
         wide[dim + 1] = times
         new = emit(before, torch.ops.aten.expand.default, new, wide)
-        return emit(before, torch.ops.aten.flatten.using_ints, new, dim, dim + 1 + int(run > 1))
+        repeated = emit(before, torch.ops.aten.flatten.using_ints, new, dim, dim + 1 + int(run > 1))
+        if run == 1:
+            repeated.meta["sqa_repeat"] = (source, dim)
+        return repeated
 
 
 def _run_length(labels: torch.Tensor) -> int:

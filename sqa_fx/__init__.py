@@ -1,1 +1,12 @@
 """sqa-fx: rewrite the attention of a trained PyTorch model into Sparse Query Attention, and prove it."""
+
+from sqa_fx.api import convert, inspect
+from sqa_fx.errors import SqaError
+from sqa_fx.export import export
+from sqa_fx.module import ConvertedModule, load
+from sqa_fx.plan import Plan
+from sqa_fx.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = ["ConvertedModule", "Plan", "Report", "SqaError", "__version__", "convert", "export", "inspect", "load"]

@@ -1,0 +1,149 @@
+"""The passes in order, each timed and followed by the check of the graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import fx
+
+from sqa_fx.errors import NoAttentionError, PlanError
+from sqa_fx.passes.check import check_graph
+from sqa_fx.passes.choose import check_fit, choose, weight_scores
+from sqa_fx.passes.demand import analyse
+from sqa_fx.passes.find import GraphFacts, find_cores
+from sqa_fx.passes.rewrite import Rewritten, rewrite
+from sqa_fx.passes.simplify import simplify
+from sqa_fx.passes.site import Refusal, Refused, Site
+from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.request import HeadChoice, Request, check_patterns, resolve
+
+T = TypeVar("T")
+
+
+@dataclass
+class Timings:
+    """Milliseconds of each pass; ``on_pass(name, milliseconds)`` is told as each one ends."""
+
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    on_pass: Callable[[str, float], None] | None = None
+
+    def timed(self, name: str, call: Callable[[], T]) -> T:
+        """Run ``call`` as pass ``name``."""
+        start = time.perf_counter()
+        result = call()
+        spent = (time.perf_counter() - start) * 1e3
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+        if self.on_pass is not None:
+            self.on_pass(name, spent)
+        return result
+
+
+@dataclass
+class Analysis:
+    """The sites of a graph, convertible and refused."""
+
+    facts: GraphFacts
+    sites: list[Site]
+    refusals: list[Refusal]
+
+    def require_sites(self) -> None:
+        """Raise NoAttentionError, naming the nearest miss, when nothing can be converted."""
+        if self.sites:
+            return
+        if not self.refusals:
+            raise NoAttentionError(
+                "no attention found: the graph holds no scaled_dot_product_attention, and no softmax between two products of "
+                "activations"
+            )
+        miss = self.refusals[0]
+        more = f" ({len(self.refusals) - 1} more sites were refused)" if len(self.refusals) > 1 else ""
+        raise NoAttentionError(
+            f"no convertible attention found; nearest miss: {miss.name!r}, refused because {miss.reason}"
+            + (f", at node {', '.join(miss.nodes)}" if miss.nodes else "")
+            + more
+        )
+
+
+def find_sites(module: fx.GraphModule) -> Analysis:
+    """Find and analyse every attention site of the graph."""
+    facts = GraphFacts(module)
+    found = find_cores(facts)
+    sites, refusals = [], list(found.refusals)
+    for name, core in found.cores:
+        try:
+            sites.append(analyse(facts, name, core))
+        except Refused as refused:
+            refusals.append(Refusal(name, refused.reason, refused.nodes))
+    return Analysis(facts, sites, refusals)
+
+
+def make_plan(
+    analysis: Analysis, hq: Request, hkv: Request, heads_by: HeadChoice, kv_merge: str
+) -> dict[str, SitePlan]:
+    """The plan of every site that the request names. Sites that share weights are ranked together."""
+    names = [s.name for s in analysis.sites]
+    check_patterns(hq, names, "hq")
+    check_patterns(hkv, names, "hkv")
+    wanted = {s.name: resolve(s.name, s.heads, s.kv_heads, hq, hkv) for s in analysis.sites}
+    plans: dict[str, SitePlan] = {}
+    for group in _tied(analysis.sites):
+        scores = None
+        if heads_by == "weights":
+            each = [weight_scores(analysis.facts.module, s) for s in group]
+            if len({len(e) for e in each}) == 1:
+                scores = sum(e / e.mean().clamp(min=1e-30) for e in each[1:]) + each[0] / each[0].mean().clamp(min=1e-30)
+        for site in group:
+            numbers = wanted[site.name]
+            if numbers is not None:
+                own = scores if scores is None or len(scores) == site.heads else weight_scores(analysis.facts.module, site)
+                plans[site.name] = choose(site, *numbers, own, heads_by, kv_merge)
+    return plans
+
+
+def _tied(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites grouped by the parameters they share."""
+    owner: dict[fx.Node, int] = {}
+    groups: list[list[Site]] = []
+    for site in sites:
+        found = {owner[use.node] for use in site.leaves if use.node in owner}
+        if found:
+            target = min(found)
+            groups[target].append(site)
+            for other in found - {target}:
+                groups[target].extend(groups[other])
+                groups[other].clear()
+                for node, place in list(owner.items()):
+                    if place == other:
+                        owner[node] = target
+        else:
+            target = len(groups)
+            groups.append([site])
+        for use in site.leaves:
+            owner[use.node] = target
+    return [g for g in groups if g]
+
+
+def fit_plan(analysis: Analysis, plan: Plan) -> dict[str, SitePlan]:
+    """A given plan by site. Raises PlanError when it does not fit the graph."""
+    sites = {s.name: s for s in analysis.sites}
+    for entry in plan.sites:
+        if entry.name not in sites:
+            raise PlanError(f"the plan names site {entry.name!r}, which this model does not have; it has: {', '.join(sites)}")
+        check_fit(sites[entry.name], entry)
+    return {entry.name: entry for entry in plan.sites}
+
+
+def run_passes(analysis: Analysis, plans: dict[str, SitePlan], timings: Timings) -> Rewritten:
+    """Rewrite and simplify ``analysis.facts.module`` in place."""
+    module = analysis.facts.module
+    try:
+        result = timings.timed("rewrite", lambda: rewrite(analysis.facts, analysis.sites, plans))
+    except Refused as refused:
+        raise PlanError(f"the request cannot be carried out: {refused.reason} (node {', '.join(refused.nodes)})") from refused
+    check_graph(module, "rewrite")
+    timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))
+    check_graph(module, "simplify")
+    return result

@@ -1,0 +1,184 @@
+"""Simplify: decomposed attention becomes one SDPA node, and a mask proved causal becomes is_causal.
+
+Both let fused kernels run: they refuse masks, and cannot see a softmax between two matmuls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sqa_fx.passes.evaluate import constant_tensor, size_at, size_symbols
+from sqa_fx.passes.graph import drop_dead_code, fake_mode_of
+from sqa_fx.passes.hints import is_tensor, value_of
+from sqa_fx.passes.ops import argument, op_name, set_argument
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_MATMUL = {"matmul", "bmm"}
+_CASTS = {"_to_copy", "to", "type_as", "clone", "contiguous", "detach", "alias"}
+
+
+def simplify(module: fx.GraphModule, cores: Collection[str]) -> None:
+    """Simplify the attention cores named ``cores`` in place. What does not fit exactly is left as it is."""
+    for node in list(module.graph.nodes):
+        if node.name not in cores:
+            continue
+        attention = node if op_name(node) == "scaled_dot_product_attention" else _fuse(node)
+        if attention is not None:
+            _causal(module, attention)
+    drop_dead_code(module.graph)
+    module.graph.lint()
+    module.recompile()
+
+
+@dataclass
+class _Chain:
+    """What lies between the scores and the values of a decomposed attention."""
+
+    score: fx.Node
+    scale: float = 1.0
+    mask: fx.Node | None = None
+    dropout: float = 0.0
+
+
+def _fuse(value: fx.Node) -> fx.Node | None:
+    """Replace ``softmax(q k^T * scale + mask) v`` by SDPA where that is exact; None where the form is another one."""
+    if op_name(value) not in _MATMUL or len(value_of(value).shape) != 4:
+        return None
+    probabilities, v = value.args[:2]
+    if not isinstance(probabilities, fx.Node) or not isinstance(v, fx.Node):
+        return None
+    chain = _read_chain(probabilities)
+    if chain is None:
+        return None
+    q, k = chain.score.args[:2]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
+    q, k, v, gqa = _without_repeats(q, k, v)
+    types = {value_of(n).dtype for n in (q, k, v)}
+    shapes = [value_of(n).shape for n in (q, k, v)]
+    if len(types) != 1 or any(len(s) != 4 for s in shapes) or not _fits(shapes, gqa):
+        return None
+    dtype = types.pop()
+    if value_of(value).dtype != dtype:
+        return None
+    if chain.mask is not None and value_of(chain.mask).dtype not in (dtype, torch.bool):
+        return None
+    graph = value.graph
+    with graph.inserting_before(value):
+        key = graph.call_function(torch.ops.aten.transpose.int, (k, -2, -1))
+        with fake_mode_of(graph):
+            key.meta["val"] = value_of(k).transpose(-2, -1)
+        new = graph.call_function(SDPA, (q, key, v, chain.mask, chain.dropout, False))
+    set_argument(new, "scale", chain.scale)
+    if gqa:
+        set_argument(new, "enable_gqa", True)
+    new.meta = {key_: held for key_, held in value.meta.items() if not key_.startswith("sqa_")}
+    value.replace_all_uses_with(new)
+    graph.erase_node(value)
+    return new
+
+
+def _fits(shapes: list[Any], gqa: bool) -> bool:
+    (qb, qh), (kb, kh), (vb, vh) = (s[:2] for s in shapes)
+    if not (qb == kb and kb == vb and kh == vh):
+        return False
+    return bool(qh % kh == 0) if gqa else bool(qh == kh)
+
+
+def _without_repeats(q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool]:
+    """K and V before their heads were repeated, when both were."""
+    sources = [n.meta.get("sqa_repeat") for n in (k, v)]
+    if all(s is not None and s[1] == 1 for s in sources):
+        return q, sources[0][0], sources[1][0], True  # type: ignore[index]
+    return q, k, v, False
+
+
+def _read_chain(probabilities: fx.Node) -> _Chain | None:
+    """Read the ops from the probabilities back to the scores; None as soon as one does not fit SDPA."""
+    dropout = 0.0
+    node = probabilities
+    for node in _back(probabilities):
+        name = op_name(node)
+        if name == "dropout":
+            if bool(argument(node, "train")):
+                dropout = float(argument(node, "p"))
+        elif name in ("softmax", "_softmax", "_safe_softmax"):
+            break
+        elif name not in _CASTS or not value_of(node).is_floating_point():
+            return None
+    else:
+        return None
+    rank = len(value_of(node).shape)
+    if int(argument(node, "dim")) % rank != rank - 1:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or len(node.users) != 1:
+        return None
+    chain = _Chain(source, dropout=dropout)
+    for node in _back(source):
+        name = op_name(node)
+        if name in _MATMUL:
+            chain.score = node
+            return chain if len(value_of(node).shape) == 4 else None
+        if name in ("mul", "div") and isinstance(node.args[1], int | float):
+            factor = float(node.args[1])
+            if not math.isfinite(factor) or factor == 0:
+                return None
+            chain.scale *= factor if name == "mul" else 1 / factor
+        elif name == "add" and chain.mask is None and chain.scale == 1.0:
+            mask = node.args[1]
+            if not is_tensor(mask) or argument(node, "alpha", 1) != 1 or not value_of(mask).is_floating_point():
+                return None
+            assert isinstance(mask, fx.Node)
+            chain.mask = mask
+        elif name not in _CASTS:
+            return None
+    return None
+
+
+def _back(start: fx.Node) -> Iterator[fx.Node]:
+    """``start`` and the first operands behind it, as long as nothing else reads them."""
+    node: Any = start
+    while isinstance(node, fx.Node) and is_tensor(node) and len(node.users) == 1:
+        yield node
+        node = node.args[0] if node.args else None
+
+
+def _causal(module: fx.GraphModule, node: fx.Node) -> None:
+    """Turn a mask that is causal at several shapes into is_causal."""
+    mask = argument(node, "attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    rows, columns = value_of(argument(node, "query")).shape[-2], value_of(argument(node, "key")).shape[-2]
+    symbols = size_symbols(module.graph)
+    trials: list[dict[Any, int] | None] = [None]
+    for base in (3, 8):
+        trials.append({symbol: base + 2 * i for i, symbol in enumerate(symbols)})
+    if not isinstance(rows, torch.SymInt) and not isinstance(columns, torch.SymInt):
+        trials = trials[:1]
+    for sizes in trials:
+        n, m = size_at(rows, sizes), size_at(columns, sizes)
+        held = constant_tensor(mask, module, sizes)
+        if n != m or held is None or not _is_causal(held, n):
+            return
+    set_argument(node, "attn_mask", None)
+    set_argument(node, "is_causal", True)
+
+
+def _is_causal(mask: Tensor, length: int) -> bool:
+    if mask.dim() < 2 or mask.shape[-2:] != (length, length) or length < 2:
+        return False
+    keep = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    if mask.dtype == torch.bool:
+        return bool((mask == keep).all())
+    if not mask.is_floating_point():
+        return False
+    # Adding this much to a score makes its weight exactly zero, since the diagonal of every row stays.
+    floor = max(torch.finfo(mask.dtype).min, -1e30)
+    return bool((mask[..., keep] == 0).all()) and bool((mask[..., ~keep] <= floor).all())
+

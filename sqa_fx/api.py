@@ -1,0 +1,267 @@
+"""The public verbs: convert and inspect."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from sqa_fx.deferred import DeferredModule
+from sqa_fx.errors import InputError, PlanError
+from sqa_fx.inputs import example_inputs
+from sqa_fx.module import ConvertedModule
+from sqa_fx.passes.capture import Captured, DynamicShapes, capture, clone_graph
+from sqa_fx.passes.find import SDPA
+from sqa_fx.passes.hints import hint, value_of
+from sqa_fx.passes.ops import argument, op_name
+from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
+from sqa_fx.passes.rewrite import Rewritten
+from sqa_fx.passes.site import Site
+from sqa_fx.passes.verify import Precision, Proof, verify as prove
+from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.report import RefusedReport, Report, SiteReport
+from sqa_fx.request import HeadChoice, Request
+
+Model = nn.Module | torch.export.ExportedProgram
+
+
+def convert(
+    model: Model,
+    *,
+    hq: Request = None,
+    hkv: Request = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    heads: HeadChoice = "weights",
+    kv_merge: Literal["mean", "select"] = "mean",
+    dynamic_shapes: DynamicShapes = "auto",
+    verify: bool | Precision = True,
+) -> ConvertedModule | DeferredModule:
+    """Rewrite the attention of ``model`` into SQA form with its trained weights, prove it, and return the new module.
+
+    ``hq`` and ``hkv`` are the query and KV heads to keep per site: a number, a fraction of the site's own heads (0.5), a
+    variant name (``hq="sSQA"``), or a mapping from site patterns to any of these (sites that no pattern names stay). ``plan``
+    applies a plan made before instead. ``args`` and ``kwargs`` are example inputs as for torch.export.export; without them
+    the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that has none is converted on its first call.
+    ``heads`` says which heads stay: "weights" (largest norm of value and output blocks), "first", or lists by site pattern.
+    ``kv_merge`` says how KV heads that share a group become one. ``verify`` is True (proof in float64), "native" (in the
+    model's own dtype) or False. The model passed in is never modified.
+
+    Raises CaptureError, NoAttentionError, PlanError (an impossible request), VerifyError (the proof failed) and InputError.
+    """
+    if plan is None and hq is None and hkv is None:
+        raise InputError("say how many heads to keep: hq=, hkv=, or a plan=")
+    if plan is not None and not (hq is None and hkv is None):
+        raise InputError("a plan holds its own hq and hkv: pass either plan= or hq=/hkv=")
+    _check_choices(heads, kv_merge)
+    inputs = _inputs(model, args, kwargs)
+    options: dict[str, Any] = {
+        "hq": hq, "hkv": hkv, "plan": plan, "heads": heads, "kv_merge": kv_merge, "dynamic_shapes": dynamic_shapes, "verify": verify,
+    }  # fmt: skip
+    if inputs is None:
+        assert isinstance(model, nn.Module)
+        return DeferredModule(model, lambda a, k: _convert(model, a, k, **options))
+    return _convert(model, *inputs, **options)
+
+
+def _convert(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    hq: Request,
+    hkv: Request,
+    plan: Plan | None,
+    heads: HeadChoice,
+    kv_merge: str,
+    dynamic_shapes: DynamicShapes,
+    verify: bool | Precision,
+) -> ConvertedModule:
+    timings = Timings()
+    captured = timings.timed("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
+    original = clone_graph(captured.graph_module)
+    analysis = timings.timed("find", lambda: find_sites(captured.graph_module))
+    analysis.require_sites()
+    given = plan
+    plans = timings.timed(
+        "plan",
+        lambda: fit_plan(analysis, given) if given is not None else make_plan(analysis, hq, hkv, heads, kv_merge),
+    )
+    if not plans:
+        raise PlanError(f"no site is named by the request; sites are: {', '.join(s.name for s in analysis.sites)}")
+    before = _parameter_count(captured.graph_module)
+    done = run_passes(analysis, plans, timings)
+    converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
+    if not converted:
+        miss = done.refused[0]
+        raise PlanError(f"no site could be rewritten; {miss.name!r}: {miss.reason} (node {', '.join(miss.nodes)})")
+    made = Plan(tuple(converted.values()), done.parameters)
+    if given is not None and given.parameters and given.parameters != made.parameters:
+        raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
+    proof = None
+    if verify:
+        precision: Precision = verify if isinstance(verify, str) else "float64"
+        proof = timings.timed(
+            "verify",
+            lambda: prove(
+                original, captured.graph_module, made, done.outputs, done.carried, captured.args, captured.kwargs, precision
+            ),
+        )
+    _own_tensors(captured.graph_module)
+    report = _report(captured, analysis, converted, done, proof, before, timings)
+    return ConvertedModule(
+        captured.graph_module,
+        plan=made,
+        report=report,
+        args=captured.args,
+        kwargs=captured.kwargs,
+        dynamic_shapes=captured.dynamic_shapes,
+        training=captured.training,
+        signature=captured.signature,
+    )
+
+
+def inspect(
+    model: Model,
+    *,
+    hq: Request = None,
+    hkv: Request = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
+) -> Report:
+    """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is converted.
+
+    Raises CaptureError, PlanError and InputError as :func:`convert` does. No attention is an empty report, not an error.
+    """
+    inputs = _inputs(model, args, kwargs)
+    if inputs is None:
+        raise InputError(f"{type(model).__name__} says nothing of its inputs: pass args= or kwargs= as you would call it")
+    timings = Timings()
+    captured = timings.timed("capture", lambda: capture(model, *inputs, dynamic_shapes))
+    analysis = timings.timed("find", lambda: find_sites(captured.graph_module))
+    plans: dict[str, SitePlan] = {}
+    if hq is not None or hkv is not None:
+        plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, "first", "mean"))
+    count = _parameter_count(captured.graph_module)
+    return _report(captured, analysis, plans, None, None, count, timings)
+
+
+def _check_choices(heads: HeadChoice, kv_merge: str) -> None:
+    if isinstance(heads, str) and heads not in ("first", "weights"):
+        raise InputError(f"heads={heads!r}: known are 'first', 'weights', or a mapping from site patterns to lists of heads")
+    if kv_merge not in ("mean", "select"):
+        raise InputError(f"kv_merge={kv_merge!r}: known are 'mean' and 'select'")
+
+
+def _inputs(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not isinstance(model, nn.Module | torch.export.ExportedProgram):
+        raise InputError(f"convert takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
+    if args or kwargs or isinstance(model, torch.export.ExportedProgram):
+        return tuple(args), dict(kwargs or {})
+    return example_inputs(model)
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _own_tensors(module: fx.GraphModule) -> None:
+    """Give the converted module tensors of its own, ties kept, so that training it leaves the user's model alone."""
+    memo: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, held in list(table.items()):
+                if held is not None:
+                    table[name] = memo.setdefault(id(held), copy.deepcopy(held.detach()))  # type: ignore[assignment]
+                    if isinstance(held, nn.Parameter) and not isinstance(table[name], nn.Parameter):
+                        memo[id(held)] = table[name] = nn.Parameter(table[name], requires_grad=held.requires_grad)  # type: ignore[arg-type]
+
+
+def _report(
+    captured: Captured,
+    analysis: Analysis,
+    plans: Mapping[str, SitePlan],
+    done: Rewritten | None,
+    proof: Proof | None,
+    parameters_before: int,
+    timings: Timings,
+) -> Report:
+    errors = {s.name: s.error for s in proof.sites} if proof is not None else {}
+    forms = _attention_forms(captured.graph_module, done)
+    report = Report(
+        parameters_before=parameters_before,
+        parameters_after=_parameter_count(captured.graph_module),
+        dynamic=captured.dynamic,
+        static=captured.static,
+        notes=[*captured.notes, *(done.notes if done is not None else ())],
+        proof=proof.to_json() if proof is not None else None,
+        milliseconds=timings.milliseconds,
+    )
+    refused = [*analysis.refusals, *(done.refused if done is not None else ())]
+    gone = {r.name for r in done.refused} if done is not None else set()
+    report.sites = [
+        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name)) for s in analysis.sites if s.name not in gone
+    ]
+    report.refused = [RefusedReport(r.name, r.reason, r.nodes) for r in refused]
+    if proof is not None:
+        report.notes.extend(proof.notes)
+    return report
+
+
+def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str, str]:
+    """Per site: what kind of node computes its attention now."""
+    by_name = {n.name: n for n in module.graph.nodes}
+    forms = {}
+    for site, name in (done.cores if done is not None else {}).items():
+        node = by_name.get(name)
+        if node is None:
+            forms[site] = "sdpa"
+        elif op_name(node) == SDPA:
+            flags = [f for f, on in (("causal", argument(node, "is_causal")), ("gqa", argument(node, "enable_gqa")),
+                                     ("mask", argument(node, "attn_mask") is not None)) if on]  # fmt: skip
+            forms[site] = " ".join(["sdpa", *flags])
+        else:
+            forms[site] = "softmax"
+    return forms
+
+
+def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None) -> SiteReport:
+    hq = plan.hq if plan is not None else site.heads
+    hkv = plan.hkv if plan is not None else site.kv_heads
+    value = value_of(site.core.value)
+    batch = 1
+    for size in value.shape:
+        batch *= int(hint(size))
+    v_dim = int(hint(value_of(site.core.v).shape[-1]))
+    # Every output element of the core is a sum over kv_len; the scores cost head_dim per element of the same grid.
+    grid = batch // v_dim
+    before = 2 * grid * site.kv_len * (site.head_dim + v_dim)
+    wide = max(hq, hkv)
+    width = value_of(site.core.v).element_size() * (site.head_dim + v_dim)
+    return SiteReport(
+        name=site.name,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        hq=hq,
+        hkv=hkv,
+        head_dim=site.head_dim,
+        q_len=site.q_len,
+        kv_len=site.kv_len,
+        flops_before=before,
+        flops_after=before * wide // site.heads,
+        kv_bytes_before=site.kv_heads * width,
+        kv_bytes_after=hkv * width,
+        attention=form,
+        query_heads=plan.query_heads if plan is not None else (),
+        kv_groups=plan.kv_groups if plan is not None else (),
+        proof_error=error,
+    )
+
+

@@ -1,0 +1,104 @@
+"""One way of calling a captured graph: the original signature, bound to the inputs it was captured with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from sqa_fx.errors import InputError
+from sqa_fx.passes.hints import value_of
+
+
+class CallBinder:
+    """Turns any call that fits the original signature into the one call that the graph was captured with."""
+
+    def __init__(
+        self, graph: fx.Graph, signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.signature, self.args, self.kwargs = signature, args, dict(kwargs)
+        leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
+        holders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.names = [n.name for n in holders]
+        self.expected = [value_of(n) if isinstance(leaf, torch.Tensor) else leaf for n, leaf in zip(holders, leaves, strict=True)]
+        self._captured = self._bound(args, dict(kwargs)) if signature is not None else {}
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Every given input by name, what ``**kwargs`` of the signature collects included."""
+        assert self.signature is not None
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(f"the call does not fit the model's signature: {error}") from error
+        found: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                found.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                found.update({f"*{i}": v for i, v in enumerate(value)})
+            else:
+                found[name] = value
+        return found
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) for the graph. Raises InputError (what, shapes, the fix) when the call cannot be served."""
+        if self.signature is not None:
+            args, kwargs = self._rearrange(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec:
+            raise InputError(f"the graph was captured with inputs {self.names}; convert again with example inputs of this form")
+        for name, leaf, expected in zip(self.names, leaves, self.expected, strict=True):
+            self._check(name, leaf, expected)
+        return args, kwargs
+
+    def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self.signature is not None
+        given = self._bound(args, kwargs)
+        for name, value in given.items():
+            if name not in self._captured:
+                parameter = self.signature.parameters.get(name)
+                if value is not None and (parameter is None or value is not parameter.default):
+                    raise InputError(
+                        f"input {name!r} was not there when the model was captured, so the graph cannot use it; convert again with "
+                        f"{name!r} among the example inputs (it was captured with: {', '.join(self._captured)})"
+                    )
+        names = list(self._captured)
+        values = {}
+        for name in names:
+            if name in given:
+                values[name] = given[name]
+            elif self._captured[name] is None or not isinstance(self._captured[name], torch.Tensor):
+                values[name] = self._captured[name]
+            else:
+                raise InputError(f"input {name!r} is missing; the graph was captured with: {', '.join(names)}")
+        positional = names[: len(self.args)]
+        return tuple(values[n] for n in positional), {n: values[n] for n in self.kwargs}
+
+    @staticmethod
+    def _check(name: str, leaf: Any, expected: Any) -> None:
+        if not isinstance(expected, torch.Tensor):
+            if isinstance(expected, int | float | bool | str | None) and leaf != expected:
+                raise InputError(f"input {name!r} was {expected!r} when the model was captured and is fixed; got {leaf!r}")
+            return
+        if not isinstance(leaf, torch.Tensor):
+            raise InputError(f"input {name!r} must be a tensor of shape {_shape(expected)}; got {type(leaf).__name__}")
+        if leaf.dtype != expected.dtype:
+            raise InputError(f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}")
+        fits = leaf.dim() == expected.dim() and all(
+            isinstance(wanted, torch.SymInt) or size == wanted
+            for size, wanted in zip(leaf.shape, expected.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"input {name!r} must have shape {_shape(expected)} (letters are free); got {list(leaf.shape)}. Sizes that are "
+                "fixed come from the example inputs: convert with others, or with a batch and length above 1, to free them"
+            )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in tensor.shape) + "]"
