@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sqa_fx
 from sqa_fx.cli_values import head_choice, one_input_set, request, to_json
-from sqa_fx.errors import InputError
+from sqa_fx.errors import InputError, SqaError
 from sqa_fx.models import load_model
 from sqa_fx.progress import steps
 
@@ -48,7 +52,8 @@ def run_inspect(options: argparse.Namespace) -> int:
     loaded = load_model(options.model, pretrained=options.pretrained)
     args, kwargs = one_input_set(loaded, options.input)
     hq, hkv = request(options.hq, "--hq"), request(options.hkv, "--hkv")
-    report = sqa_fx.inspect(loaded.module, hq=hq, hkv=hkv, args=args, kwargs=kwargs)
+    with _without_partial_graphs(options.debug):
+        report = sqa_fx.inspect(loaded.module, hq=hq, hkv=hkv, args=args, kwargs=kwargs)
     print(to_json(report.to_json()) if options.json else report.table())
     return 0
 
@@ -89,10 +94,18 @@ def run_export(options: argparse.Namespace) -> int:
                 "--heads, --kv-merge and --no-verify belong to a conversion: give --hq, --hkv or --plan too"
             )
         model = _convert(loaded, options) if wanted else loaded.module
+        shapes: dict[str, Any] = {"dynamic_shapes": None} if options.static else {}
         step()
-        artifact = sqa_fx.export(
-            model, options.output, args=args, kwargs=kwargs, opset=options.opset, overwrite=options.overwrite
-        )
+        with _without_partial_graphs(options.debug):
+            artifact = sqa_fx.export(
+                model,
+                options.output,
+                args=args,
+                kwargs=kwargs,
+                opset=options.opset,
+                overwrite=options.overwrite,
+                **shapes,
+            )
     data = dataclasses.asdict(artifact)
     if options.json:
         print(to_json(data))
@@ -117,15 +130,26 @@ def _convert(loaded: Any, options: argparse.Namespace) -> Any:
     if options.static:
         chosen["dynamic_shapes"] = None
     args, kwargs = one_input_set(loaded, options.input)
-    return sqa_fx.convert(
-        loaded.module,
-        hq=request(options.hq, "--hq"),
-        hkv=request(options.hkv, "--hkv"),
-        args=args,
-        kwargs=kwargs,
-        verify=not options.no_verify,
-        **chosen,
-    )
+    chosen |= {"hq": request(options.hq, "--hq"), "hkv": request(options.hkv, "--hkv")}
+    with _without_partial_graphs(options.debug):
+        return sqa_fx.convert(loaded.module, args=args, kwargs=kwargs, verify=not options.no_verify, **chosen)
+
+
+@contextlib.contextmanager
+def _without_partial_graphs(debug: bool) -> Iterator[None]:
+    """Drop stderr when a call fails: torch.export then prints the graph so far, which buries the message."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    except SqaError:
+        if debug:
+            sys.stderr.write(held.getvalue())
+        raise
+    except BaseException:
+        sys.stderr.write(held.getvalue())
+        raise
+    sys.stderr.write(held.getvalue())
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

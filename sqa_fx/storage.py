@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._export.serde.serialize import SerializeError
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from sqa_fx.errors import InputError
@@ -109,6 +110,24 @@ def load_program(directory: str | os.PathLike[str]) -> tuple[torch.export.Export
         ) from error
     check_targets(ep, str(folder / PROGRAM))
     return ep, body["extra"]
+
+
+def dynamic_shapes_of(ep: torch.export.ExportedProgram, names: Sequence[str]) -> dict[str, Any]:
+    """What to pass as ``dynamic_shapes`` to export ``ep`` again with the same free dimensions.
+
+    ``names`` are the parameters of the call (`inspect.signature(ep.module().forward)`), those of the positional first.
+    """
+    nodes = {node.name: node for node in ep.graph.nodes if node.op == "placeholder"}
+    leaves: list[dict[int, Any] | None] = []
+    for spec in ep.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            value = nodes[spec.arg.name].meta.get("val")
+            free = (
+                [d for d, n in enumerate(value.shape) if not isinstance(n, int)] if isinstance(value, Tensor) else None
+            )
+            leaves.append(None if free is None else {d: torch.export.Dim.AUTO for d in free})
+    args, kwargs = pytree.tree_unflatten(leaves, ep.call_spec.in_spec)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def deserialize_program(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.program_json import check_program_json
-from sqa_fx.storage import META, PROGRAM, WEIGHTS, load_program, save_program
+from sqa_fx.storage import META, PROGRAM, WEIGHTS, dynamic_shapes_of, load_program, save_program
 
 Program = torch.export.ExportedProgram
 
@@ -89,6 +90,18 @@ def test_round_trip_is_bit_exact_and_stays_dynamic(program: Program, saved: Path
     assert [*loaded.constants] == [*program.constants]
     assert loaded.example_inputs is not None and program.example_inputs is not None
     assert torch.equal(loaded.example_inputs[0][0], program.example_inputs[0][0])
+
+
+def test_a_loaded_program_is_exported_again_with_the_same_free_dimensions(saved: Path) -> None:
+    loaded, _ = load_program(saved)
+    module = loaded.module(check_guards=False)
+    names = list(inspect.signature(module.forward).parameters)
+    shapes = dynamic_shapes_of(loaded, names)
+    assert [sorted(dims) for dims in shapes.values()] == [[0, 1]]
+    assert loaded.example_inputs is not None
+    again = torch.export.export(module, *loaded.example_inputs, dynamic_shapes=shapes)
+    ids = torch.randint(0, 13, (7, 11))
+    assert torch.equal(again.module()(ids)["logits"], module(ids)["logits"])
 
 
 def test_tied_weights_are_stored_once_and_tied_again(saved: Path) -> None:
