@@ -125,7 +125,7 @@ def dynamic_shapes_of(ep: torch.export.ExportedProgram, names: Sequence[str]) ->
             free = (
                 [d for d, n in enumerate(value.shape) if not isinstance(n, int)] if isinstance(value, Tensor) else None
             )
-            leaves.append(None if free is None else {d: torch.export.Dim.AUTO for d in free})
+            leaves.append(None if free is None else dict.fromkeys(free, torch.export.Dim.AUTO))
     args, kwargs = pytree.tree_unflatten(leaves, ep.call_spec.in_spec)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
