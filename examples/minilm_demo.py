@@ -228,7 +228,7 @@ def run(out: Path, hq: int, hkv: int, batch: int, lengths: Sequence[int], iterat
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "result.md").write_text(markdown(result), encoding="utf-8")
     heads = f"{config.num_attention_heads} heads against SQA hq={hq}, hkv={hkv}"
-    title = f"all-MiniLM-L6-v2 in ONNX Runtime, batch {batch}: {heads}"
+    title = f"all-MiniLM-L6-v2, ONNX Runtime, batch {batch}\n{heads}"
     plot_latency(latency, out / "minilm.png", title=title, overwrite=True)
 
     print(
