@@ -183,6 +183,15 @@ def _normalise(module: fx.GraphModule) -> None:
         elif op_name(node) in ("_assert_tensor_metadata", "_assert_scalar"):
             if not node.users:
                 graph.erase_node(node)
+        elif op_name(node) == "type_as":
+            # Only the dtype of the second operand matters; as an operand it would tie two tensors together.
+            with graph.inserting_before(node):
+                cast = graph.call_function(
+                    torch.ops.aten._to_copy.default, (node.args[0],), {"dtype": value_of(node).dtype}
+                )
+            cast.meta = dict(node.meta)
+            node.replace_all_uses_with(cast)
+            graph.erase_node(node)
         elif op_name(node) == "native_dropout":
             _plain_dropout(graph, node)
     drop_dead_code(graph)

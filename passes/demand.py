@@ -8,6 +8,7 @@ the parameters. What a label cannot cross is either a frontier (the tensor is ta
 from __future__ import annotations
 
 import heapq
+import operator
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from sqa_fx.passes.labels import (
     Labels,
     aligned,
     compress,
+    fill_gaps,
     heads,
     high,
     join,
@@ -29,7 +31,7 @@ from sqa_fx.passes.labels import (
     single,
     varying,
 )
-from sqa_fx.passes.ops import Aligned, Move, Operand, argument, moved_from, op_name, step
+from sqa_fx.passes.ops import Aligned, Move, Operand, argument, op_name, step
 from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site
 
 CORE = "core"
@@ -37,6 +39,13 @@ CORE = "core"
 
 def analyse(facts: GraphFacts, name: str, core: Core) -> Site:
     """Everything the planner and the rewriter need to know of one core. Raises Refused with the reason."""
+    try:
+        return _analyse(facts, name, core)
+    except ValueError as error:
+        raise Refused(str(error), core.anchor) from error
+
+
+def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
     count = count_heads(facts, core)
     total = len(count.kv_of)
     if total == 1:
@@ -89,8 +98,13 @@ class _Follower:
         else:
             self._operands(core.score, score, [(core.q, "q", "core"), (core.k, "k", "kv")])
         self._forward({core.score: score}, value)
-        if not any(use.role == "o" for use in site.leaves):
+        made = {use.role for use in site.leaves}
+        if "o" not in made:
             raise Refused("no output projection sums over the heads", core.value)
+        for role in ("q", "k", "v"):
+            if role in site.kinds and role not in made and (site.kv_heads > 1 or role == "q"):
+                others = [n for r, n in site.frontiers if r == role]
+                raise Refused(f"no projection makes {role}", *others)
 
     # -- the core's operands -------------------------------------------------------------------------------------
 
@@ -178,6 +192,42 @@ class _Follower:
                 self._frontier(node, found, role, description.reason)
         if site.kv_heads == 1 and kind == "kv":
             self._prune(role)
+        self._settle(role)
+
+    def _settle(self, role: str) -> None:
+        """Give every element that exists under ``role`` a label, whether or not a head asked for it.
+
+        What exists is found forward, from the labelled entries of the parameters: a fused projection holds only this role's
+        channels, but all positions.
+        """
+        present = pack(torch.tensor(0), torch.tensor(0))
+        nodes = sorted((n for r, n in self.labels if r == role), key=self.facts.order.__getitem__)
+        known: dict[fx.Node, Labels] = {}
+        carrier = self.facts.carrier
+        for node in nodes:
+            labels = self.labels[role, node]
+            description = step(node)
+            rank = len(shape_of(node))
+            own = torch.where(labels != EMPTY, present, torch.full_like(labels, EMPTY))
+            if isinstance(description, Move) and any(s in known for s in description.sources):
+                sources = dict(known)
+                if any(s not in known for s in description.sources):
+                    back = carrier.move_backward(node, labels)
+                    for source in description.sources:
+                        if source not in known:
+                            value = present if bool((back[source] != EMPTY).any()) else torch.tensor(EMPTY)
+                            sources[source] = value.reshape([1] * len(shape_of(source)))
+                known[node] = carrier.move_forward(node, {s: sources[s] for s in description.sources}, missing=int(present))
+            elif isinstance(description, Aligned) and any(o.node in known for o in description.operands):
+                result = present.reshape([1] * rank)
+                for operand in description.operands:
+                    if operand.node in known:
+                        moved, _ = carrier.align_forward(operand, known[operand.node], rank)
+                        result = torch.where(moved == EMPTY, moved, result)
+                known[node] = compress(result)
+            else:
+                known[node] = own
+            self.labels[role, node] = fill_gaps(labels, known[node] != EMPTY)
 
     def _prune(self, role: str) -> None:
         """With one KV head every element is labelled alike: keep only what really comes from a parameter cut elsewhere."""
@@ -231,7 +281,7 @@ class _Follower:
         return (last >= first) & (self.kv[first.clamp(max=limit)] != self.kv[last.clamp(min=0)])
 
     def _frontier(self, node: fx.Node, found: Labels, role: str, reason: str) -> None:
-        if role in ("q", "k", "v", "o"):
+        if role == "o" or (role in ("q", "k", "v") and node.op == "placeholder"):
             raise Refused(f"no projection makes {role}: it comes from {reason}", node)
         if len(varying(found)) != 1:
             raise Refused(f"{reason} has heads along several dimensions", node)
@@ -271,10 +321,10 @@ class _Follower:
                 )
                 continue
             if not is_tensor(node):
-                if moved_from(node) is node and op_name(node) in ("split", "split_with_sizes", "unbind", "chunk"):
+                if isinstance(node.meta.get("val"), tuple | list) and all(u.target is operator.getitem for u in node.users):
                     push_users(node)
                     continue
-                if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+                if not isinstance(node.meta.get("val"), tuple | list):
                     continue
                 raise Refused(f"heads reach {node.target}", node)
             labels = self._step_forward(node)

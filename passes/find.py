@@ -51,6 +51,9 @@ def find_cores(facts: GraphFacts) -> Found:
         except Refused as refused:
             found.refusals.append(Refusal(path, refused.reason, refused.nodes))
             continue
+        except ValueError as error:
+            found.refusals.append(Refusal(path, str(error), (node.name,)))
+            continue
         if core is None:
             continue
         count = names[path] = names.get(path, 0) + 1
@@ -65,13 +68,14 @@ def _sdpa_core(node: fx.Node) -> Core:
 
 def _softmax_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     """The core around a softmax; None when the softmax is no attention (a classifier, a router, linear attention)."""
-    reached = _value_contraction(facts, node)
-    if reached is None:
+    mixers: list[fx.Node] = []
+    reached = _value_contraction(facts, node, mixers)
+    scores = _score_contractions(facts, node, mixers)
+    if mixers and (reached is not None) != bool(scores):
+        raise Refused("a weight mixes the scores or probabilities of different heads (talking heads)", mixers[0])
+    if reached is None or not scores:
         return None
     value, probabilities = reached
-    scores = _score_contractions(facts, node)
-    if not scores:
-        return None
     score, path = scores[0]
     q, k = _query_and_key(facts, node, score, path)
     description = aligned(value)
@@ -82,8 +86,13 @@ def _softmax_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     return Core(node, score, value, q, k, others[0], probabilities)
 
 
-def _value_contraction(facts: GraphFacts, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The first contraction of the probabilities with an activation, and the operand that carries the probabilities."""
+def _value_contraction(
+    facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """The first contraction of the probabilities with an activation, and the operand that carries the probabilities.
+
+    Contractions with weights that stand in the way are appended to ``mixers``.
+    """
     queue: deque[fx.Node] = deque([softmax])
     seen = {softmax}
     while queue:
@@ -110,13 +119,19 @@ def _value_contraction(facts: GraphFacts, softmax: fx.Node) -> tuple[fx.Node, fx
             if not any(d is not None and d < 0 for d in operand.dims):
                 continue
             if any(o.node in facts.constants for o in found.operands[:2]):
+                mixers.append(user)
                 continue
             return user, node
     return None
 
 
-def _score_contractions(facts: GraphFacts, softmax: fx.Node) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """Contractions of two activations that feed the softmax without another contraction between, nearest first."""
+def _score_contractions(
+    facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]
+) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """Contractions of two activations that feed the softmax without another contraction between, nearest first.
+
+    Contractions with weights that stand in the way are appended to ``mixers``.
+    """
     start = softmax.args[0]
     assert isinstance(start, fx.Node)
     queue: deque[tuple[fx.Node, list[fx.Node]]] = deque([(start, [softmax])])
@@ -135,7 +150,8 @@ def _score_contractions(facts: GraphFacts, softmax: fx.Node) -> list[tuple[fx.No
             if known.contraction:
                 if not any(o in facts.constants for o in operands[:2]):
                     found.append((node, path))
-                    # baddbmm carries a bias beside the product: nothing more to look for behind the product.
+                else:
+                    mixers.append(node)
                 continue
             sources = operands
         for source in sources:
@@ -158,7 +174,8 @@ def _query_and_key(
     shape = [1] * rank
     shape[dim] = length
     labels = heads(torch.arange(length)).view(shape)
-    for node, source in zip(path[1:], [*path[2:], score], strict=True):
+    chain = [*path, score]
+    for node, source in zip(chain[1:-1], chain[2:], strict=True):
         description = step(node)
         if isinstance(description, Move):
             labels = facts.carrier.move_backward(node, labels)[source]

@@ -251,6 +251,11 @@ def _operand_classes(
     inner = [i for i, d in enumerate(operand.dims) if i not in batch and d is not None and (d >= 0) == values]
     for numbers in _channel_numbers(facts, node):
         positions = [i for i in varying(numbers) if i not in batch and i not in inner]
+        if positions:
+            # Positions without channels (learned rows joined to the keys) say nothing about heads.
+            common = numbers.amax(positions, keepdim=True)
+            if bool(((numbers == common) | (numbers < 0)).all()):
+                numbers, positions = common, []
         flat = numbers.permute(*batch, *inner, *[i for i in range(numbers.dim()) if i not in batch + inner])
         batch_shape = [numbers.size(i) for i in batch]
         entries = 1

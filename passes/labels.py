@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from sqa_fx.passes.evaluate import constant_tensor
-from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
+from sqa_fx.passes.hints import concrete, hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.ops import IDENTITY_MOVES, Aligned, Move, Operand, moved_from, op_name, step
 
 _SHIFT = 24
@@ -120,6 +120,24 @@ def run_move(node: fx.Node, values: dict[fx.Node, Tensor], indices: dict[fx.Node
     return result
 
 
+def fill_gaps(labels: Labels, present: Tensor) -> Labels:
+    """Label every element that is ``present``, also those that no head asked for, like its neighbours.
+
+    Slices and shifts ask for some positions only, but what is cut are heads, not positions: a present element belongs to the
+    head that its neighbours along the other dimensions belong to. Irregular labels are returned as they are.
+    """
+    labels, present = torch.broadcast_tensors(labels, present)
+    needed = labels != EMPTY
+    if bool((needed | ~present).all()):
+        return compress(labels)
+    dims = [d for d in range(labels.dim()) if labels.size(d) > 1]
+    for kept in [*([d] for d in dims), *([a, b] for a in dims for b in dims if a < b)]:
+        line = join_over(labels, [d for d in dims if d not in kept])
+        if bool(((labels == line) | ~needed).all()) and bool(((line != EMPTY) | ~present).all()):
+            return compress(torch.where(present, line, torch.full_like(labels, EMPTY)))
+    return compress(labels)
+
+
 class Carrier:
     """Moves labels over single ops, remembering what it has computed for equal ops and equal labels.
 
@@ -219,10 +237,31 @@ class Carrier:
             for source in sources:
                 shape = shape_of(source)
                 part = slice(start, start + _numel(shape))
-                answer.append(compress(pack(lows[part], highs[part]).view(shape)))
+                moved = pack(lows[part], highs[part]).view(shape)
+                answer.append(compress(self._whole_index(node, labels, moved)))
                 start = part.stop
             self._answers[key] = answer
         return dict(zip(sources, answer, strict=True))
+
+    @staticmethod
+    def _whole_index(node: fx.Node, labels: Labels, moved: Labels) -> Labels:
+        """A table looked up by an index belongs to its heads as a whole, not only in the rows that were looked up."""
+        maker = moved_from(node)
+        if op_name(maker) == "index_select":
+            first, width = int(concrete(maker.args[1])) % moved.dim(), 1
+            dims = [first]
+        elif op_name(maker) == "index":
+            entries = list(maker.args[1])  # type: ignore[arg-type]
+            dims = [i for i, n in enumerate(entries) if n is not None]
+            if dims != list(range(dims[0], dims[-1] + 1)):
+                return moved
+            first = dims[0]
+            width = labels.dim() - (moved.dim() - len(dims))
+        else:
+            return moved
+        if any(labels.size(d) > 1 for d in range(first, first + width)):
+            return moved
+        return join_over(moved, dims)
 
     def _source_index(self, node: fx.Node, sources: list[fx.Node]) -> Tensor:
         key = self._key(node)

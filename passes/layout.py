@@ -93,18 +93,39 @@ class Layout:
             for dim, along in kept.items():
                 sizes[dim] = int(along.sum())
             return NewShape(shape, tuple(sizes), kept)
-        return self._grid(node, role, labels, stays, shape)
+        return self._grid(node, role, labels, shape)
 
-    def _grid(self, node: fx.Node, role: str, labels: Labels, stays: Tensor, shape: tuple[int, ...]) -> NewShape:
+    def _grid(self, node: fx.Node, role: str, labels: Labels, shape: tuple[int, ...]) -> NewShape:
+        """Heads spread over two dimensions, [KV heads, heads of each] or [blocks, heads of a block]."""
         dims = varying(labels)
-        kv = self.kv[low(labels).clamp(max=self.site.heads - 1)]
         sizes = list(shape)
-        if len(dims) == 2 and self.site.heads == labels.numel() and bool((low(labels) == high(labels)).all()):
-            for kv_dim, group_dim in (dims, dims[::-1]):
-                if bool((kv == kv.narrow(group_dim, 0, 1)).all()) and kv_dim < group_dim:
-                    sizes[kv_dim], sizes[group_dim] = self.plan.hkv, self.wide // self.plan.hkv
+        if len(dims) == 2:
+            grid = low(labels).reshape(labels.size(dims[0]), labels.size(dims[1]))
+            one = (low(labels) == high(labels)).reshape(grid.shape) | (labels == EMPTY).reshape(grid.shape)
+            kv = self.kv[grid.clamp(max=self.site.heads - 1)]
+            if self.site.heads == labels.numel() and bool(one.all()) and self.site.kv_heads < self.site.heads:
+                if bool((kv == kv[:, :1]).all()):
+                    sizes[dims[0]], sizes[dims[1]] = self.plan.hkv, self.wide // self.plan.hkv
                     return NewShape(shape, tuple(sizes), None)
-        raise Refused("the kept heads do not form a regular axis here", node)
+            elif bool(one.all()):
+                per_head = self._block_rows(grid, (labels == EMPTY).reshape(grid.shape))
+                if per_head:
+                    sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
+                    return NewShape(shape, tuple(sizes), None)
+        raise Refused(f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node)
+
+    def _block_rows(self, grid: Tensor, empty: Tensor) -> int:
+        """Entries of one head along a row when every head lies in one row, in order, as often as any other; else 0.
+
+        Then one row per head holds the same entries in the same order, whatever the block structure was.
+        """
+        flat = grid[~empty]
+        rows = torch.arange(grid.size(0))[:, None].expand_as(grid)[~empty]
+        counts = torch.bincount(flat, minlength=self.site.heads)
+        if len(counts) != self.site.heads or not bool((counts == counts[0]).all()) or not bool((flat.diff() >= 0).all()):
+            return 0
+        first = torch.full((self.site.heads,), -1).scatter_reduce(0, flat, rows, "amax", include_self=False)
+        return int(counts[0]) if bool((first[flat] == rows).all()) else 0
 
     def kept_entries(self, labels: Labels, role: str) -> list[int]:
         """The original entries along a labelled axis ([entries]) that stay, in the order of the result."""

@@ -72,7 +72,9 @@ _SCATTER = {"slice_scatter", "select_scatter"}
 _POINTWISE = {
     "_to_copy", "to", "type_as", "dropout", "alpha_dropout", "feature_dropout", "clone", "where", "masked_fill", "lerp",
     "conj", "resolve_conj", "resolve_neg", "_conj", "fake_quantize_per_tensor_affine", "contiguous", "float", "nan_to_num",
-    "_conj_physical", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli",
+    "_conj_physical", "copy", "floor_divide", "remainder", "fmod", "div", "addcmul", "addcdiv",
+    "hardswish", "hardsigmoid", "relu6", "hardtanh", "silu", "gelu", "relu", "elu", "leaky_relu", "softplus", "mish", "clamp",
+    "log_sigmoid", "threshold", "celu", "selu", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli",
 }  # fmt: skip
 _REDUCE = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "prod", "norm", "any", "all"}
 _SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum"}
@@ -135,6 +137,10 @@ def _step(node: fx.Node) -> Step:
         return Opaque(f"{node.op} {node.name}")
     maker = moved_from(node)
     name = op_name(maker)
+    if maker is not node and name in ("max", "min") and node.args[1] == 0:
+        return _reduction(maker)
+    if maker is not node and name in _BATCH_NORMS and node.args[1] == 0:
+        return _batch_norm(maker)
     if maker is not node and not (name in _MOVE_ONE and isinstance(value_of(maker), tuple | list)):
         return Opaque(f"one of several results of {name or maker.name}")
     if not is_tensor(node):
@@ -203,6 +209,8 @@ def _reduction(node: fx.Node) -> Step:
         return Opaque(f"op {node.target}")
     rank = len(shape_of(source))
     dims = concrete(argument(node, "dim"))
+    if len(_tensor_inputs(node)) > 1:
+        return _pointwise(node)
     if dims is None or dims == []:
         dims = list(range(rank))
     reduced = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
@@ -231,13 +239,23 @@ def _norm(node: fx.Node) -> Step:
 
 
 def _batch_norm(node: fx.Node) -> Step:
-    if argument(node, "training"):
+    if argument(node, "training", False):
         return Opaque("batch norm in training mode")
     source, *channel = node.args[:5]
     assert isinstance(source, fx.Node)
     operands = [Operand(source, tuple(range(len(shape_of(source)))))]
     operands += [Operand(n, (1,)) for n in channel if isinstance(n, fx.Node)]
     return Aligned(tuple(operands))
+
+
+_BATCH_NORMS = {"_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit"}
+
+
+def _embedding(node: fx.Node) -> Step:
+    weight, index = node.args[:2]
+    assert isinstance(weight, fx.Node) and isinstance(index, fx.Node)
+    rank = len(shape_of(node))
+    return Aligned((Operand(weight, (-1, rank - 1)), Operand(index, tuple(range(rank - 1)))))
 
 
 def _linear(node: fx.Node) -> Step:
@@ -371,6 +389,7 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "rms_norm": _norm,
     "_fused_rms_norm": _norm,
     "batch_norm": _batch_norm,
+    "embedding": _embedding,
     "view_as_complex": _view_as_complex,
     "view_as_real": _view_as_real,
 }

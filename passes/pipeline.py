@@ -144,6 +144,7 @@ def run_passes(analysis: Analysis, plans: dict[str, SitePlan], timings: Timings)
     except Refused as refused:
         raise PlanError(f"the request cannot be carried out: {refused.reason} (node {', '.join(refused.nodes)})") from refused
     check_graph(module, "rewrite")
-    timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))
+    renamed = timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))
+    result.cores = {site: renamed.get(name, name) for site, name in result.cores.items()}
     check_graph(module, "simplify")
     return result

@@ -112,7 +112,10 @@ class Resizer:
             return operator.getitem, (whole, node.args[1]), {}
         assert source is not None
         if source.kept is None:
-            raise Refused(f"{name} cuts a KV x group grid", node)
+            # In a grid of heads only the entries of this role are left: a part that holds them all is the whole.
+            if name in ("select", "unbind") or source.new[dim] != out.new[dim]:
+                raise Refused(f"{name} cuts a grid of heads", node)
+            return torch.ops.aten.alias.default, (args[0],), {}
         kept = source.kept[dim]
         if name in ("select", "unbind"):
             index = int(concrete(argument(maker, "index"))) if name == "select" else int(node.args[1])  # type: ignore[call-overload]

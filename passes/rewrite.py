@@ -8,6 +8,7 @@ repeat serves it to its query heads.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,11 @@ from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
-from sqa_fx.passes.labels import single, varying
+from sqa_fx.passes.labels import EMPTY, single, varying
 from sqa_fx.passes.layout import DROP, Layout, NewShape
-from sqa_fx.passes.ops import Aligned, Move, argument, op_name, set_argument, step
+from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
 from sqa_fx.passes.parameters import Cut, cut_tensor
+from sqa_fx.passes.propagate import FakeResults
 from sqa_fx.passes.resize import Resizer
 from sqa_fx.passes.site import LeafUse, Refusal, Refused, Site
 from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
@@ -106,6 +108,7 @@ class _Parameters:
         self._whole: dict[fx.Node, fx.Node] = {}
         self._parts: dict[tuple[fx.Node, int], fx.Node] = {}
         self._constants = 0
+        self.fakes = FakeResults(fake_mode_of(module.graph))
 
     def whole(self, node: fx.Node) -> fx.Node:
         """The get_attr node of the whole cut parameter."""
@@ -115,8 +118,8 @@ class _Parameters:
                 new = self.module.graph.get_attr(str(node.target))
             shape = list(value_of(node).shape)
             shape[cut.axis] = cut.new_size
-            with fake_mode_of(self.module.graph):
-                fake = torch.empty(shape, dtype=value_of(node).dtype, device=value_of(node).device)
+            held = value_of(node)
+            fake = self.fakes.run(torch.empty, (shape,), {"dtype": held.dtype, "device": held.device})
             new.meta = {"val": fake, "sqa_cut": True}
             self._whole[node] = new
         return self._whole[node]
@@ -133,8 +136,7 @@ class _Parameters:
                 new = self.module.graph.call_function(
                     torch.ops.aten.slice.Tensor, (whole, cut.axis, start, start + length)
                 )
-            with fake_mode_of(self.module.graph):
-                new.meta = {"val": value_of(whole).narrow(cut.axis, start, length)}
+            new.meta = {"val": self.fakes.run(torch.narrow, (value_of(whole), cut.axis, start, length), {})}
             self._parts[node, segment] = new
         return self._parts[node, segment]
 
@@ -195,7 +197,6 @@ class _Builder:
     def __init__(self, facts: GraphFacts, site: Site, layout: Layout, parameters: _Parameters) -> None:
         self.facts, self.site, self.layout, self.parameters = facts, site, layout, parameters
         self.graph = facts.module.graph
-        self.fake_mode = fake_mode_of(self.graph)
         self.built: dict[tuple[str, fx.Node], fx.Node] = {}
         self.shapes: dict[tuple[str, fx.Node], NewShape] = {}
         self.fused: dict[fx.Node, fx.Node] = {}
@@ -284,8 +285,9 @@ class _Builder:
             fused = self._fused_projection(role, node)
             if fused is not None:
                 return fused
-            new = self._copy(node, lambda a: self._reach(role, a), self._shape(role, node))
-            return new
+            maker = moved_from(node)
+            new = self._copy(maker, lambda a: self._reach(role, a), self._shape(role, node))
+            return new if maker is node else self._emit(node, operator.getitem, new, node.args[1])
         raise Refused(f"cannot rebuild {node.name}", node)
 
     def _reach(self, role: str, node: fx.Node) -> fx.Node:
@@ -313,8 +315,7 @@ class _Builder:
         new.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
         values = fx.node.map_arg((args, kwargs), value_of)
         try:
-            with self.fake_mode:
-                new.meta["val"] = target(*values[0], **values[1])
+            new.meta["val"] = self.parameters.fakes.run(target, *values)
         except Exception as error:
             self.graph.erase_node(new)
             raise Refused(f"{target} does not take the smaller shapes: {str(error).splitlines()[0]}", before) from error
@@ -359,8 +360,10 @@ class _Builder:
 
         target, args, kwargs = self._resizer(node).move(node, swap, self._shape(role, node), before)
         if op_name(node) in ("cat", "concat", "concatenate"):
-            # A part without elements carries no labels, and so did not shrink with the others.
-            args = ([t for t in args[0] if 0 not in value_of(t).shape] or args[0], *args[1:])
+            # Parts that no kept head needs (a fused bias), and parts without elements, do not shrink with the others.
+            back = self.facts.carrier.move_backward(node, self.site.labels[role, node])
+            needed = [not bool((back[t] == EMPTY).all()) for t in description.sources]
+            args = ([t for t, keep in zip(args[0], needed, strict=True) if keep], *args[1:])
         if op_name(node) in ("view", "_unsafe_view") and is_tensor(node):
             # Another attention kernel may serve the smaller shapes, and lay its output out in memory differently.
             target = torch.ops.aten.reshape.default
@@ -441,8 +444,9 @@ class _Builder:
         for dim in varying(labels):
             shape[dim] = shape[dim] * sizes.new[dim] // sizes.old[dim]
         layout = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
-        with self.fake_mode:
-            new.meta["val"] = torch.empty_permuted(shape, layout, dtype=old.dtype, device=old.device)
+        new.meta["val"] = self.parameters.fakes.run(
+            torch.empty_permuted, (shape, layout), {"dtype": old.dtype, "device": old.device}
+        )
         return new
 
     def _contraction_core(self, node: fx.Node) -> fx.Node:

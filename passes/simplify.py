@@ -23,17 +23,23 @@ _MATMUL = {"matmul", "bmm"}
 _CASTS = {"_to_copy", "to", "type_as", "clone", "contiguous", "detach", "alias"}
 
 
-def simplify(module: fx.GraphModule, cores: Collection[str]) -> None:
-    """Simplify the attention cores named ``cores`` in place. What does not fit exactly is left as it is."""
+def simplify(module: fx.GraphModule, cores: Collection[str]) -> dict[str, str]:
+    """Simplify the attention cores named ``cores`` in place. What does not fit exactly is left as it is.
+
+    Returns the new name of every core that got another node.
+    """
+    renamed: dict[str, str] = {}
     for node in list(module.graph.nodes):
         if node.name not in cores:
             continue
         attention = node if op_name(node) == "scaled_dot_product_attention" else _fuse(node)
         if attention is not None:
             _causal(module, attention)
+            renamed[node.name] = attention.name
     drop_dead_code(module.graph)
     module.graph.lint()
     module.recompile()
+    return renamed
 
 
 @dataclass
