@@ -126,7 +126,7 @@ def _check_treespec(text: str, where: str) -> None:
             if not isinstance(context, str | dict | list | None) or "__enum__" in json.dumps(context):
                 raise InputError(f"{where}: the structure of inputs or outputs names code to import")
             if name == "collections.defaultdict":
-                factory = json.loads(context) if isinstance(context, str) else context
+                factory: Any = json.loads(context) if isinstance(context, str) else context
                 if factory["default_factory_module"] != "builtins" or (
                     factory["default_factory_name"] not in _DEFAULT_FACTORIES
                 ):
