@@ -25,6 +25,8 @@ class Cut:
     blocks: list[HeadBlock] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     dropped: set[int] = field(default_factory=set)
+    segment_of: dict[tuple[str, str], int] = field(default_factory=dict)
+    """The segment that (site, role) uses."""
     _known: list[tuple[tuple[HeadBlock, ...], int]] = field(default_factory=list)
     _by_role: dict[str, set[str]] = field(default_factory=dict)
 
@@ -33,8 +35,11 @@ class Cut:
         """Entries of the axis after the cut."""
         return sum(length for _, length in self.segments)
 
-    def add(self, layout: Layout, use: LeafUse) -> int:
-        """Add the entries that ``use`` keeps; returns the number of their segment. Equal uses share one segment."""
+    def add(self, layout: Layout, use: LeafUse) -> None:
+        """Add the entries that ``use`` keeps. Equal uses share one segment."""
+        self.segment_of[layout.site.name, use.role] = self._add(layout, use)
+
+    def _add(self, layout: Layout, use: LeafUse) -> int:
         if use.axis != self.axis:
             raise PlanError(f"parameter {self.node.target} carries heads along axes {self.axis} and {use.axis}")
         blocks = tuple(layout.blocks(use))

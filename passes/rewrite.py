@@ -91,7 +91,6 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
         builder.release_sizes()
     drop_dead_code(module.graph)
     parameters.finish(result)
-    result.parameters = tuple(cut.plan() for cut in cuts.values())
     for node in module.graph.nodes:
         node.meta.pop("sqa_step", None)
         node.meta.pop("sqa_key", None)
@@ -154,11 +153,14 @@ class _Parameters:
 
     def finish(self, result: Rewritten) -> None:
         """Cut the parameters; one that something else still reads whole stays whole and is cut in the graph."""
+        plans = {node: cut.plan() for node, cut in self.cuts.items()}
+        result.parameters = tuple(plans.values())
         alive = set(self.module.graph.nodes)
+        holders = _Holders(self.module)
         for node, new in self._whole.items():
-            plan = self.cuts[node].plan()
+            plan = plans[node]
             if node not in alive:
-                _replace_tensor(self.module, str(node.target), plan)
+                holders.replace(attribute(self.module, node.target), plan)
                 continue
             if any(len(b.sources) > 1 for b in plan.blocks):
                 raise Refused(f"parameter {node.target} is read by something else too, so its KV heads cannot be merged", node)
@@ -175,20 +177,24 @@ class _Parameters:
             result.notes.append(f"parameter {node.target} is used outside attention too; its heads are selected in the graph")
 
 
-def _replace_tensor(module: fx.GraphModule, target: str, plan: ParameterPlan) -> None:
-    """Cut the tensor behind ``target`` under every name that the module knows it by, so that ties stay tied."""
-    old = attribute(module, target)
-    new = cut_tensor(old.detach(), plan)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    for owner in module.modules():
-        for table in (owner._parameters, owner._buffers):
-            for name, held in list(table.items()):
-                if held is old:
-                    table[name] = new
-        for name, held in list(vars(owner).items()):
-            if held is old:
-                setattr(owner, name, new)
+class _Holders:
+    """Every table entry of a module tree by the tensor it holds, so that a cut parameter is replaced under all its names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for owner in module.modules():
+            for table in (owner._parameters, owner._buffers, vars(owner)):
+                for name, held in table.items():
+                    if isinstance(held, torch.Tensor):
+                        self._places.setdefault(id(held), []).append((table, name))
+
+    def replace(self, old: torch.Tensor, plan: ParameterPlan) -> None:
+        """Put the cut tensor wherever ``old`` was; ties stay tied."""
+        new = cut_tensor(old.detach(), plan)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for table, name in self._places[id(old)]:
+            table[name] = new
 
 
 class _Builder:
@@ -203,7 +209,7 @@ class _Builder:
         self.projections: dict[fx.Node, fx.Node] = {}
         self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
         self.segments = {
-            (u.role, u.node): parameters.cuts[u.node].add(layout, u) for u in site.leaves
+            (u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves
         }
 
     # -- the public steps ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from sqa_fx.passes.evaluate import constant_tensor, size_at, size_symbols
 from sqa_fx.passes.graph import drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name, set_argument
+from sqa_fx.passes.propagate import FakeResults
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _MATMUL = {"matmul", "bmm"}
@@ -29,10 +30,11 @@ def simplify(module: fx.GraphModule, cores: Collection[str]) -> dict[str, str]:
     Returns the new name of every core that got another node.
     """
     renamed: dict[str, str] = {}
+    fakes = FakeResults(fake_mode_of(module.graph))
     for node in list(module.graph.nodes):
         if node.name not in cores:
             continue
-        attention = node if op_name(node) == "scaled_dot_product_attention" else _fuse(node)
+        attention = node if op_name(node) == "scaled_dot_product_attention" else _fuse(node, fakes)
         if attention is not None:
             _causal(module, attention)
             renamed[node.name] = attention.name
@@ -52,7 +54,7 @@ class _Chain:
     dropout: float = 0.0
 
 
-def _fuse(value: fx.Node) -> fx.Node | None:
+def _fuse(value: fx.Node, fakes: FakeResults) -> fx.Node | None:
     """Replace ``softmax(q k^T * scale + mask) v`` by SDPA where that is exact; None where the form is another one."""
     if op_name(value) not in _MATMUL or len(value_of(value).shape) != 4:
         return None
@@ -77,8 +79,7 @@ def _fuse(value: fx.Node) -> fx.Node | None:
     graph = value.graph
     with graph.inserting_before(value):
         key = graph.call_function(torch.ops.aten.transpose.int, (k, -2, -1))
-        with fake_mode_of(graph):
-            key.meta["val"] = value_of(k).transpose(-2, -1)
+        key.meta["val"] = fakes.run(torch.transpose, (value_of(k), -2, -1), {})
         new = graph.call_function(SDPA, (q, key, v, chain.mask, chain.dropout, False))
     set_argument(new, "scale", chain.scale)
     if gqa:

@@ -14,6 +14,32 @@ from sqa_fx.errors import InputError
 from sqa_fx.passes.hints import value_of
 
 
+def signature_to_json(signature: inspect.Signature | None) -> list[dict[str, Any]] | None:
+    """A signature as data; a default that is no plain value is kept only as "there is one" (null)."""
+    if signature is None:
+        return None
+    rows = []
+    for p in signature.parameters.values():
+        row: dict[str, Any] = {"name": p.name, "kind": p.kind.name}
+        if p.default is not inspect.Parameter.empty:
+            row["default"] = p.default if isinstance(p.default, int | float | bool | str | None) else None
+        rows.append(row)
+    return rows
+
+
+def signature_from_json(rows: Any) -> inspect.Signature | None:
+    """The signature that :func:`signature_to_json` wrote."""
+    if rows is None:
+        return None
+    empty = inspect.Parameter.empty
+    return inspect.Signature(
+        [inspect.Parameter(str(r["name"]), getattr(_KINDS, str(r["kind"])), default=r.get("default", empty)) for r in rows]
+    )
+
+
+_KINDS = inspect.Parameter
+
+
 class CallBinder:
     """Turns any call that fits the original signature into the one call that the graph was captured with."""
 
@@ -49,6 +75,8 @@ class CallBinder:
         """(args, kwargs) for the graph. Raises InputError (what, shapes, the fix) when the call cannot be served."""
         if self.signature is not None:
             args, kwargs = self._rearrange(args, kwargs)
+        elif kwargs.keys() == self.kwargs.keys():
+            kwargs = {name: kwargs[name] for name in self.kwargs}
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise InputError(f"the graph was captured with inputs {self.names}; convert again with example inputs of this form")

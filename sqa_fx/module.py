@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import warnings
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sqa_fx.calls import CallBinder
+from sqa_fx.calls import CallBinder, signature_from_json, signature_to_json
 from sqa_fx.errors import InputError
 from sqa_fx.passes.capture import dropout_nodes
-from sqa_fx.passes.ops import op_name, set_argument
+from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
 
@@ -109,8 +110,27 @@ class ConvertedModule(nn.Module):
             "plan": self.plan.to_json(),
             "report": self.report.to_json(),
             "training": self._captured_training,
+            "signature": signature_to_json(self._binder.signature),
         }
         save_program(self.exported_program(), directory, extra, overwrite=overwrite)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
+        """A copy with parameters of its own."""
+        twin = ConvertedModule(
+            copy.deepcopy(self.graph_module, memo),
+            plan=self.plan,
+            report=self.report,
+            args=self.example_args,
+            kwargs=self.example_kwargs,
+            dynamic_shapes=self.dynamic_shapes,
+            training=self._captured_training,
+            signature=self._binder.signature,
+        )
+        twin.__dict__["_dropout"] = dict(self._dropout)
+        if twin.training != self.training:
+            twin.train(self.training)
+        memo[id(self)] = twin
+        return twin
 
     def extra_repr(self) -> str:
         """A line a site."""
@@ -125,7 +145,7 @@ def load(directory: str | os.PathLike[str]) -> ConvertedModule:
     from sqa_fx.storage import load_program
 
     program, extra = load_program(directory)
-    if not {"plan", "report", "training"} <= extra.keys():
+    if not {"plan", "report", "training", "signature"} <= extra.keys():
         raise InputError(f"{directory} holds an exported program, but not one that sqa_fx converted")
     with _silence():
         module = program.module(check_guards=False)
@@ -141,13 +161,11 @@ def load(directory: str | os.PathLike[str]) -> ConvertedModule:
         kwargs=inputs[1],
         dynamic_shapes=None,
         training=bool(extra["training"]),
-        signature=None,
+        signature=signature_from_json(extra["signature"]),
     )
 
 
 def _rate(node: fx.Node) -> float:
-    from sqa_fx.passes.ops import argument
-
     name = "dropout_p" if op_name(node) == "scaled_dot_product_attention" else "p"
     return float(argument(node, name))
 
