@@ -2,5 +2,6 @@
 
 if __name__ != "sqa_fx.exporters":
     raise ImportError(
-        f"this package was imported as {__name__!r}, a second copy of every class in it; import 'sqa_fx.exporters' instead"
+        f"this package was imported as {__name__!r}, a second copy of every class in it; import "
+        "'sqa_fx.exporters' instead"
     )

@@ -50,7 +50,8 @@ def capture(
     """Capture ``model`` called as ``model(*args, **kwargs)``; the model itself is not changed.
 
     ``dynamic_shapes`` is "auto" (batch and sequence dimensions are dynamic where torch.export can), None (static), or a
-    specification as for ``torch.export.export``. Raises CaptureError with torch's reason when the model cannot be exported.
+    specification as for ``torch.export.export``. Raises CaptureError with torch's reason when the model cannot be
+    exported.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
@@ -85,7 +86,7 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: DynamicShapes, notes: list[str]
 ) -> tuple[torch.export.ExportedProgram, Any]:
-    spec = automatic_shapes(model, args, kwargs) if isinstance(dynamic, str) else dynamic
+    spec: Any = automatic_shapes(model, args, kwargs) if isinstance(dynamic, str) else dynamic
     state = _state_versions(model)
     first: Exception | None = None
     try:
@@ -135,8 +136,8 @@ def _quiet() -> Iterator[None]:
 
 def automatic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dim.AUTO for what is usually batch or sequence: the first two dimensions of integer and up to 3-D float inputs
-    (not a last feature dimension), all of a mask, the first one of images and other inputs. A size of 0 or 1 stays static,
-    since export specialises it anyway."""
+    (not a last feature dimension), all of a mask, the first one of images and other inputs. A size of 0 or 1 stays
+    static, since export specialises it anyway."""
     auto = torch.export.Dim.AUTO
 
     def spec(leaf: Any) -> Any:
@@ -213,7 +214,8 @@ def _plain_dropout(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _dynamic_report(module: fx.GraphModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    dynamic, static = [], []
+    dynamic: list[str] = []
+    static: list[str] = []
     for node in module.graph.nodes:
         if node.op == "placeholder" and is_tensor(node):
             sizes = [str(s) for s in value_of(node).shape]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-
-
 import torch
 from torch import fx
 
 from sqa_fx.errors import RewriteError
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import value_of
-
 
 
 def check_graph(module: fx.GraphModule, after: str) -> None:

@@ -37,10 +37,9 @@ def weight_scores(module: fx.GraphModule, site: Site) -> Tensor:
     return norms["v"] * norms["o"]
 
 
-def choose(
-    site: Site, hq: int, hkv: int, scores: Tensor | None, heads_by: HeadChoice, kv_merge: str
-) -> SitePlan:
-    """The plan of one site. ``scores`` ranks canonical heads (None: first heads win); explicit lists are in model numbers.
+def choose(site: Site, hq: int, hkv: int, scores: Tensor | None, heads_by: HeadChoice, kv_merge: str) -> SitePlan:
+    """The plan of one site. ``scores`` ranks canonical heads (None: first heads win); explicit lists are in model
+    numbers.
 
     Kept heads are split evenly over the new KV heads, each of which merges the original KV heads its queries read.
     """
@@ -63,7 +62,8 @@ def _explicit(site: Site, heads_by: HeadChoice, wide: int) -> list[int] | None:
             chosen = sorted(set(numbers))
             if len(chosen) != len(numbers) or len(chosen) != wide or chosen[0] < 0 or chosen[-1] >= site.heads:
                 raise PlanError(
-                    f"site {site.name!r}: {list(numbers)} must name {wide} different heads between 0 and {site.heads - 1}"
+                    f"site {site.name!r}: {list(numbers)} must name {wide} different heads between 0 and "
+                    f"{site.heads - 1}"
                 )
             canonical = {model: c for c, model in enumerate(site.model_heads)}
             return sorted(canonical[n] for n in chosen)
@@ -80,7 +80,8 @@ def _balanced(site: Site, wide: int, hkv: int, ranking: Tensor) -> list[int]:
         members = [c for c, kv in enumerate(site.kv_of) if kv in set(group.tolist())]
         if len(members) < share:
             raise PlanError(
-                f"site {site.name!r} has {site.heads} query heads on {site.kv_heads} KV heads: a group of {len(group)} KV "
+                f"site {site.name!r} has {site.heads} query heads on {site.kv_heads} KV heads: a group of "
+                f"{len(group)} KV "
                 f"heads cannot give {share} query heads"
             )
         kept.extend(_best(members, share, ranking))
@@ -100,13 +101,17 @@ def _assemble(
         read = list(dict.fromkeys(site.kv_of[c] for c in kept[j * share : (j + 1) * share]))
         if kv_merge == "select" and len(read) > 1:
             # The KV head whose queries matter most comes first: it is the one that is kept.
-            weight = {g: sum(float(scores[c]) for c in kept if site.kv_of[c] == g) if scores is not None else 0.0 for g in read}
+            weight = {
+                g: sum(float(scores[c]) for c in kept if site.kv_of[c] == g) if scores is not None else 0.0
+                for g in read
+            }
             read.sort(key=lambda g: -weight[g])
         kv_groups.append(tuple(site.model_kv_heads[g] for g in read))
     flat = [g for group in kv_groups for g in group]
     if len(set(flat)) != len(flat):
         raise PlanError(
-            f"site {site.name!r}: the kept heads {[site.model_heads[c] for c in kept]} cannot be split evenly over {hkv} KV "
+            f"site {site.name!r}: the kept heads {[site.model_heads[c] for c in kept]} cannot be split "
+            f"evenly over {hkv} KV "
             f"heads, because KV head {next(g for g in flat if flat.count(g) > 1)} would be needed twice"
         )
     wide = len(kept) // hq
@@ -130,13 +135,16 @@ def check_fit(site: Site, plan: SitePlan) -> None:
     """Raise PlanError unless ``plan`` can be applied to ``site``."""
     if (plan.heads, plan.kv_heads, plan.head_dim) != (site.heads, site.kv_heads, site.head_dim):
         raise PlanError(
-            f"the plan of site {site.name!r} is for {plan.heads} query heads, {plan.kv_heads} KV heads, head dim {plan.head_dim}; "
+            f"the plan of site {site.name!r} is for {plan.heads} query heads, {plan.kv_heads} KV heads, "
+            f"head dim {plan.head_dim}; "
             f"the model has {site.heads}, {site.kv_heads}, {site.head_dim}"
         )
     check(site.name, site.heads, site.kv_heads, plan.hq, plan.hkv)
     wide = max(plan.hq, plan.hkv)
     if len(plan.query_heads) != wide or len(set(plan.query_heads)) != wide:
-        raise PlanError(f"the plan of site {site.name!r} must list {wide} different query heads: {list(plan.query_heads)}")
+        raise PlanError(
+            f"the plan of site {site.name!r} must list {wide} different query heads: {list(plan.query_heads)}"
+        )
     canonical = {model: c for c, model in enumerate(site.model_heads)}
     if not set(plan.query_heads) <= set(canonical):
         raise PlanError(f"the plan of site {site.name!r} names query heads that do not exist: {list(plan.query_heads)}")
@@ -149,6 +157,7 @@ def check_fit(site: Site, plan: SitePlan) -> None:
     for i, head in enumerate(plan.query_heads):
         if site.model_kv_heads[site.kv_of[canonical[head]]] not in plan.kv_groups[i // share]:
             raise PlanError(
-                f"site {site.name!r}: query head {head} would read KV group {list(plan.kv_groups[i // share])}, into which its own "
+                f"site {site.name!r}: query head {head} would read KV group "
+                f"{list(plan.kv_groups[i // share])}, into which its own "
                 "KV head is not merged"
             )

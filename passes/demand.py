@@ -1,8 +1,9 @@
 """Follow the heads of a site through its region: forward to the output projection, backward to every weight.
 
-Forward from the core, labels reach the contraction that sums over heads (o_proj). Backward from every operand of the core,
-and from every operand that enters the region with a head axis of its own (relative bias, ALiBi slopes, gates), labels reach
-the parameters. What a label cannot cross is either a frontier (the tensor is taken with index_select there) or a refusal.
+Forward from the core, labels reach the contraction that sums over heads (o_proj). Backward from every operand of the
+core, and from every operand that enters the region with a head axis of its own (relative bias, ALiBi slopes, gates),
+labels reach the parameters. What a label cannot cross is either a frontier (the tensor is taken with index_select
+there) or a refusal.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ class _Follower:
     def _settle(self, role: str) -> None:
         """Give every element that exists under ``role`` a label, whether or not a head asked for it.
 
-        What exists is found forward, from the labelled entries of the parameters: a fused projection holds only this role's
-        channels, but all positions.
+        What exists is found forward, from the labelled entries of the parameters: a fused projection holds only this
+        role's channels, but all positions.
         """
         present = pack(torch.tensor(0), torch.tensor(0))
         nodes = sorted((n for r, n in self.labels if r == role), key=self.facts.order.__getitem__)
@@ -217,7 +218,9 @@ class _Follower:
                         if source not in known:
                             value = present if bool((back[source] != EMPTY).any()) else torch.tensor(EMPTY)
                             sources[source] = value.reshape([1] * len(shape_of(source)))
-                known[node] = carrier.move_forward(node, {s: sources[s] for s in description.sources}, missing=int(present))
+                known[node] = carrier.move_forward(
+                    node, {s: sources[s] for s in description.sources}, missing=int(present)
+                )
             elif isinstance(description, Aligned) and any(o.node in known for o in description.operands):
                 result = present.reshape([1] * rank)
                 for operand in description.operands:
@@ -230,7 +233,8 @@ class _Follower:
             self.labels[role, node] = fill_gaps(labels, known[node] != EMPTY)
 
     def _prune(self, role: str) -> None:
-        """With one KV head every element is labelled alike: keep only what really comes from a parameter cut elsewhere."""
+        """With one KV head every element is labelled alike: keep only what really comes from a parameter cut
+        elsewhere."""
         reached = {use.node for use in self.site.leaves if use.role == role}
         stack = list(reached)
         while stack:
@@ -321,15 +325,17 @@ class _Follower:
                 )
                 continue
             if not is_tensor(node):
-                if isinstance(node.meta.get("val"), tuple | list) and all(u.target is operator.getitem for u in node.users):
+                if isinstance(node.meta.get("val"), tuple | list) and all(
+                    u.target is operator.getitem for u in node.users
+                ):
                     push_users(node)
                     continue
                 if not isinstance(node.meta.get("val"), tuple | list):
                     continue
                 raise Refused(f"heads reach {node.target}", node)
-            labels = self._step_forward(node)
-            if labels is not None:
-                self.labels[CORE, node] = labels
+            found = self._step_forward(node)
+            if found is not None:
+                self.labels[CORE, node] = found
                 push_users(node)
 
     def _step_forward(self, node: fx.Node) -> Labels | None:
@@ -345,7 +351,8 @@ class _Follower:
         return self._aligned_forward(node, description)
 
     def _missing_source(self, node: fx.Node, source: fx.Node, known: dict[fx.Node, Labels]) -> None:
-        """A tensor joined (cat) to one that carries heads: it carries the same heads unless it is joined beside them."""
+        """A tensor joined (cat) to one that carries heads: it carries the same heads unless it is joined beside
+        them."""
         if op_name(node) not in ("cat", "concat", "concatenate"):
             return
         dim = int(argument(node, "dim", 0)) % len(shape_of(node))
@@ -422,7 +429,8 @@ class _Follower:
 
 
 def _right_aligned(shape: tuple[int, ...], out: tuple[int, ...]) -> tuple[int | None, ...]:
-    """Dimensions of an attention mask against the core's output [..., heads, q, head_dim]: keys are no output dimension."""
+    """Dimensions of an attention mask against the core's output [..., heads, q, head_dim]: keys are no output
+    dimension."""
     offset = len(out) - len(shape)
     return tuple(
         None if i + offset == len(out) - 1 or (size == 1 and out[i + offset] != 1) else i + offset

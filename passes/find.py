@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -86,9 +87,7 @@ def _softmax_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     return Core(node, score, value, q, k, others[0], probabilities)
 
 
-def _value_contraction(
-    facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]
-) -> tuple[fx.Node, fx.Node] | None:
+def _value_contraction(facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """The first contraction of the probabilities with an activation, and the operand that carries the probabilities.
 
     Contractions with weights that stand in the way are appended to ``mixers``.
@@ -161,9 +160,7 @@ def _score_contractions(
     return found
 
 
-def _query_and_key(
-    facts: GraphFacts, softmax: fx.Node, score: fx.Node, path: list[fx.Node]
-) -> tuple[fx.Node, fx.Node]:
+def _query_and_key(facts: GraphFacts, softmax: fx.Node, score: fx.Node, path: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """Which operand of the score contraction is the query: the softmax runs over the other one's positions."""
     rank = len(shape_of(softmax))
     known = aligned(softmax)
@@ -175,7 +172,7 @@ def _query_and_key(
     shape[dim] = length
     labels = heads(torch.arange(length)).view(shape)
     chain = [*path, score]
-    for node, source in zip(chain[1:-1], chain[2:], strict=True):
+    for node, source in itertools.pairwise(chain[1:]):
         description = step(node)
         if isinstance(description, Move):
             labels = facts.carrier.move_backward(node, labels)[source]

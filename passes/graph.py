@@ -50,13 +50,16 @@ def fake_mode_of(graph: fx.Graph) -> Any:
 
 
 def drop_dead_code(graph: fx.Graph) -> None:
-    """Remove what nothing uses. Random ops (dropout, attention) may go too: an unused draw is no effect of the model."""
+    """Remove what nothing uses. Random ops (dropout, attention) may go too: an unused draw is no effect of the
+    model."""
 
     def kept(node: fx.Node) -> bool:
         if node.op in ("placeholder", "output"):
             return True
         schema = getattr(node.target, "_schema", None)
-        return node.op == "call_function" and (bool(schema and schema.is_mutable) or node.is_impure() and not _random(node))
+        return node.op == "call_function" and (
+            bool(schema and schema.is_mutable) or (node.is_impure() and not _random(node))
+        )
 
     graph.eliminate_dead_code(is_impure_node=kept)
 

@@ -1,8 +1,8 @@
 """Count the heads of a core: projection channels that meet in one batch entry of the core are one head.
 
-Every output channel of a projection gets a number. The numbers travel forward to the core by running the ops; where an op
-mixes elements (rotary embeddings, per-head norms, the contraction over head dim) the numbers it mixes become one class.
-At the core, batch entries that hold the same class are the same head, whatever the layout on the way was.
+Every output channel of a projection gets a number. The numbers travel forward to the core by running the ops; where
+an op mixes elements (rotary embeddings, per-head norms, the contraction over head dim) the numbers it mixes become
+one class. At the core, batch entries that hold the same class are the same head, whatever the layout on the way was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.hints import shape_of
-from sqa_fx.passes.labels import aligned, compress, heads as head_labels, low, single, varying
+from sqa_fx.passes.labels import aligned, compress, low, single, varying
+from sqa_fx.passes.labels import heads as head_labels
 from sqa_fx.passes.ops import Aligned, Move, Operand, argument, step
 from sqa_fx.passes.site import Core, Refused
 
@@ -26,6 +27,7 @@ class Classes:
         self.parent = list(range(count))
 
     def find(self, item: int) -> int:
+        """The smallest number of the class of ``item``."""
         parent = self.parent
         while parent[item] != item:
             parent[item] = parent[parent[item]]
@@ -65,7 +67,8 @@ class HeadCount:
 
 
 def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
-    """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be dropped."""
+    """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be
+    dropped."""
     try:
         return _count(facts, core)
     except _SharedQuery as shared:
@@ -197,7 +200,11 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
             if any(s in values for s in description.sources):
                 known = {s: values[s] for s in description.sources if s in values}
                 some = next(iter(known.values()))
-                filled = {s: known.get(s, some) for s in description.sources} if len(known) < len(description.sources) else known
+                filled = (
+                    {s: known.get(s, some) for s in description.sources}
+                    if len(known) < len(description.sources)
+                    else known
+                )
                 values[node] = facts.carrier.move_forward(node, filled)
             continue
         found = aligned(node)
@@ -205,9 +212,7 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
             continue
         for operand in found.operands:
             if operand.node in values:
-                values[node], crossing = facts.carrier.align_forward(
-                    operand, values[operand.node], len(shape_of(node))
-                )
+                values[node], crossing = facts.carrier.align_forward(operand, values[operand.node], len(shape_of(node)))
                 if crossing:
                     raise Refused("heads are mixed between the scores and the values", node)
                 if any(values[node].size(d) > 1 for d in found.locked):
@@ -262,7 +267,8 @@ def _operand_classes(
         for size in batch_shape:
             entries *= size
         flat = flat.reshape(entries, -1)
-        # A position of head dim on which fewer entries differ is shared by heads (a rope part common to all): leave it out.
+        # A position of head dim on which fewer entries differ is shared by heads (a rope part common to all): leave
+        # it out.
         counts = torch.tensor([torch.unique(flat[:, j]).numel() for j in range(flat.size(1))])
         finest = int(counts.max())
         if finest == 1:
@@ -297,9 +303,7 @@ def _depends(numbers: Tensor, positions: list[int], batch: list[int], inner: lis
     return not bool((grid == grid[:, :1]).all())
 
 
-def _number(
-    q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def _number(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """Canonical head numbers per entry, and (kv_of, model_heads, model_kv_heads)."""
     q, k, v = torch.broadcast_tensors(q, k, v)
     rows = list(zip(q.reshape(-1).tolist(), k.reshape(-1).tolist(), v.reshape(-1).tolist(), strict=True))
@@ -375,8 +379,8 @@ def _mix(description: Aligned, values: dict[fx.Node, Tensor], rank: int, classes
 
 
 def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, and for a
-    target that depends on parameters only, those parameters."""
+    """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, and
+    for a target that depends on parameters only, those parameters."""
     region: list[fx.Node] = []
     sources: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -431,5 +435,3 @@ def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
     for dim in channels:
         shape[dim] = shape_of(node)[dim]
     return torch.arange(torch.Size(shape).numel()).view(shape)
-
-

@@ -1,9 +1,9 @@
 """Head labels: which heads each tensor element serves, moved through a graph by running its own ops.
 
-A label is an interval of head numbers ``[low, high]``, packed in one int64: ``low == high`` is one head, an interval inside
-one KV group is a KV head (an element that several query heads read), a wider one is shared by heads that have nothing else
-in common, and the empty interval means that no head needs the element. The join of two labels is the smallest interval
-that holds both, so an element that an op repeats to several heads collects all of them.
+A label is an interval of head numbers ``[low, high]``, packed in one int64: ``low == high`` is one head, an interval
+inside one KV group is a KV head (an element that several query heads read), a wider one is shared by heads that have
+nothing else in common, and the empty interval means that no head needs the element. The join of two labels is the
+smallest interval that holds both, so an element that an op repeats to several heads collects all of them.
 
 A label tensor has the rank of the tensor it describes, with size 1 along every dimension on which it does not vary.
 """
@@ -60,9 +60,7 @@ def compress(labels: Tensor) -> Tensor:
 
 def join(first: Labels, second: Labels) -> Labels:
     """The smallest intervals that hold both, broadcasting."""
-    return compress(
-        pack(torch.minimum(low(first), low(second)), torch.maximum(high(first), high(second)))
-    )
+    return compress(pack(torch.minimum(low(first), low(second)), torch.maximum(high(first), high(second))))
 
 
 def join_over(labels: Labels, dims: Sequence[int]) -> Labels:
@@ -115,7 +113,7 @@ def run_move(node: fx.Node, values: dict[fx.Node, Tensor], indices: dict[fx.Node
     else:
         result = maker.target(*args, **kwargs)  # type: ignore[operator]
     if maker is not node:
-        result = operator.getitem(result, node.args[1])  # type: ignore[arg-type]
+        result = operator.getitem(result, node.args[1])
     assert isinstance(result, Tensor)
     return result
 
@@ -123,8 +121,8 @@ def run_move(node: fx.Node, values: dict[fx.Node, Tensor], indices: dict[fx.Node
 def fill_gaps(labels: Labels, present: Tensor) -> Labels:
     """Label every element that is ``present``, also those that no head asked for, like its neighbours.
 
-    Slices and shifts ask for some positions only, but what is cut are heads, not positions: a present element belongs to the
-    head that its neighbours along the other dimensions belong to. Irregular labels are returned as they are.
+    Slices and shifts ask for some positions only, but what is cut are heads, not positions: a present element belongs
+    to the head that its neighbours along the other dimensions belong to. Irregular labels are returned as they are.
     """
     labels, present = torch.broadcast_tensors(labels, present)
     needed = labels != EMPTY
@@ -207,15 +205,14 @@ class Carrier:
         answer = self._answers.get(key)
         if answer is None:
             values = {
-                s: labels[s].expand(shape_of(s)) if s in labels else torch.full((1,) * len(shape_of(s)), missing).expand(shape_of(s))
-                for s in move.sources
-            }  # fmt: skip
+                s: labels.get(s, torch.full((1,) * len(shape_of(s)), missing)).expand(shape_of(s)) for s in move.sources
+            }
             moved = run_move(node, values, self._index_nodes(node))
             if op_name(moved_from(node)) in ("constant_pad_nd", "pad"):
                 moved = torch.where(moved == -1, missing, moved)
             answer = compress(moved)
             self._answers[key] = answer
-        return answer  # type: ignore[no-any-return]
+        return answer
 
     def move_backward(self, node: fx.Node, labels: Labels) -> dict[fx.Node, Labels]:
         """Labels of a move's sources from those of its output: each source element joins all the places it went to."""

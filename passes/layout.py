@@ -76,7 +76,8 @@ class Layout:
         return torch.where(labels == EMPTY, torch.full_like(first, DROP), found)
 
     def new_shape(self, node: fx.Node, role: str) -> NewShape:
-        """The shape of ``node`` (labelled under ``role``) in the result. Raises Refused when heads form no clean axis."""
+        """The shape of ``node`` (labelled under ``role``) in the result. Raises Refused when heads form no clean
+        axis."""
         labels = self.site.labels[role, node]
         shape = shape_of(node)
         numbers = self.new_heads(labels, role)
@@ -112,7 +113,9 @@ class Layout:
                 if per_head:
                     sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
                     return NewShape(shape, tuple(sizes), None)
-        raise Refused(f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node)
+        raise Refused(
+            f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node
+        )
 
     def _block_rows(self, grid: Tensor, empty: Tensor) -> int:
         """Entries of one head along a row when every head lies in one row, in order, as often as any other; else 0.
@@ -122,7 +125,11 @@ class Layout:
         flat = grid[~empty]
         rows = torch.arange(grid.size(0))[:, None].expand_as(grid)[~empty]
         counts = torch.bincount(flat, minlength=self.site.heads)
-        if len(counts) != self.site.heads or not bool((counts == counts[0]).all()) or not bool((flat.diff() >= 0).all()):
+        if (
+            len(counts) != self.site.heads
+            or not bool((counts == counts[0]).all())
+            or not bool((flat.diff() >= 0).all())
+        ):
             return 0
         first = torch.full((self.site.heads,), -1).scatter_reduce(0, flat, rows, "amax", include_self=False)
         return int(counts[0]) if bool((first[flat] == rows).all()) else 0
@@ -146,7 +153,8 @@ class Layout:
         slots: dict[int, list[int]] = {}
         for position, e in enumerate(entries):
             number = int(numbers[e])
-            # Heads keep the places of the axis but stand in plan order: the r-th head that appears makes room for head r.
+            # Heads keep the places of the axis but stand in plan order: the r-th head that appears makes room for
+            # head r.
             slots.setdefault(order[number] if number >= 0 else REST, []).append(position)
         result = []
         for head, positions in sorted(slots.items()):
@@ -178,7 +186,9 @@ class Layout:
         """The entries of a parameter that belong to heads which are gone."""
         stay = {i for member in self._all_members(use.role) for i in self._entries(use, member)}
         rest = self.new_heads(use.labels, use.role) == REST
-        return [i for i in torch.nonzero(use.labels != EMPTY).reshape(-1).tolist() if i not in stay and not bool(rest[i])]
+        return [
+            i for i in torch.nonzero(use.labels != EMPTY).reshape(-1).tolist() if i not in stay and not bool(rest[i])
+        ]
 
     def _all_members(self, role: str) -> list[tuple[int, int]]:
         return [m for head in range(self.heads_of(role)) for m in self._members(role, head)]

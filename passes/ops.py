@@ -1,4 +1,5 @@
-"""What an ATen op does to its dimensions: it moves elements, aligns operand dimensions with output dimensions, or is opaque.
+"""What an ATen op does to its dimensions: it moves elements, aligns operand dimensions with output dimensions, or is
+opaque.
 
 Two descriptions cover everything inside an attention region. A *move* only re-arranges elements, so it is understood by
 running it on element indices. An *aligned* op computes each output element from operand elements at matching positions:
@@ -25,8 +26,8 @@ aten = torch.ops.aten
 class Operand:
     """One tensor operand of an aligned op.
 
-    ``dims[i]`` tells what operand dimension ``i`` is: an output dimension (>= 0), a contracted or reduced one (negative;
-    equal numbers are contracted with each other), or None for a broadcast dimension of size 1.
+    ``dims[i]`` tells what operand dimension ``i`` is: an output dimension (>= 0), a contracted or reduced one
+    (negative; equal numbers are contracted with each other), or None for a broadcast dimension of size 1.
     """
 
     node: fx.Node
@@ -58,28 +59,31 @@ class Opaque:
 
 Step = Aligned | Move | Opaque
 
-_MOVE_ONE = {
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat", "select",
-    "slice", "narrow", "clone", "contiguous", "flatten", "unflatten", "movedim", "flip", "roll", "alias", "detach", "unfold",
-    "constant_pad_nd", "pad", "tile", "diagonal", "lift_fresh_copy", "lift_fresh", "swapaxes", "swapdims", "moveaxis", "mT",
-    "numpy_T", "index_select", "gather", "index", "view_as", "expand_as", "reshape_as", "repeat_interleave", "select_copy",
-    "squeeze_copy", "view_copy", "as_strided_copy", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "im2col", "rot90",
-    "broadcast_to", "adjoint", "unsafe_split", "split", "split_with_sizes", "chunk", "unbind", "tensor_split",
-}  # fmt: skip
-_MOVE_MANY = {"cat", "stack", "concat", "concatenate"}
-_SCATTER = {"slice_scatter", "select_scatter"}
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MOVE_ONE = _names("""
+    view _unsafe_view reshape permute transpose t unsqueeze squeeze expand repeat select slice narrow clone contiguous
+    flatten unflatten movedim flip roll alias detach unfold constant_pad_nd pad tile diagonal lift_fresh_copy lift_fresh
+    swapaxes swapdims moveaxis mT numpy_T index_select gather index view_as expand_as reshape_as repeat_interleave
+    select_copy squeeze_copy view_copy as_strided_copy channel_shuffle pixel_shuffle pixel_unshuffle im2col rot90
+    broadcast_to adjoint unsafe_split split split_with_sizes chunk unbind tensor_split
+""")
+_MOVE_MANY = _names("cat stack concat concatenate")
+_SCATTER = _names("slice_scatter select_scatter")
 # Aligned one to one, but without torch's pointwise tag.
-_POINTWISE = {
-    "_to_copy", "to", "type_as", "dropout", "alpha_dropout", "feature_dropout", "clone", "where", "masked_fill", "lerp",
-    "conj", "resolve_conj", "resolve_neg", "_conj", "fake_quantize_per_tensor_affine", "contiguous", "float", "nan_to_num",
-    "_conj_physical", "copy", "floor_divide", "remainder", "fmod", "div", "addcmul", "addcdiv",
-    "hardswish", "hardsigmoid", "relu6", "hardtanh", "silu", "gelu", "relu", "elu", "leaky_relu", "softplus", "mish", "clamp",
-    "log_sigmoid", "threshold", "celu", "selu", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli",
-}  # fmt: skip
-_REDUCE = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "prod", "norm", "any", "all"}
-_SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum"}
-_CREATE = {"zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "rand", "randn"}
-IDENTITY_MOVES = {"clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh"}
+_POINTWISE = _names("""
+    _to_copy to dropout alpha_dropout feature_dropout where masked_fill lerp conj resolve_conj resolve_neg _conj
+    fake_quantize_per_tensor_affine float nan_to_num _conj_physical zeros_like ones_like full_like empty_like rand_like
+    randn_like bernoulli copy floor_divide remainder fmod div addcmul addcdiv hardswish hardsigmoid relu6 hardtanh silu
+    gelu relu elu leaky_relu softplus mish clamp log_sigmoid threshold celu selu
+""")
+_REDUCE = _names("mean sum amax amin var std linalg_vector_norm logsumexp prod norm any all")
+_SOFTMAX = _names("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum")
+_CREATE = _names("zeros ones empty full new_zeros new_ones new_empty new_full rand randn")
+IDENTITY_MOVES = _names("clone contiguous detach alias lift_fresh_copy lift_fresh")
 
 
 def op_name(node: fx.Node) -> str:
@@ -129,7 +133,7 @@ def step(node: fx.Node) -> Step:
     if known is None:
         known = _step(node)
         node.meta["sqa_step"] = known
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def _step(node: fx.Node) -> Step:
@@ -176,9 +180,7 @@ def _step(node: fx.Node) -> Step:
 def _broadcast_dims(operand: fx.Node, out_shape: Sequence[int]) -> tuple[int | None, ...]:
     shape = shape_of(operand)
     offset = len(out_shape) - len(shape)
-    return tuple(
-        None if size == 1 and out_shape[offset + i] != 1 else offset + i for i, size in enumerate(shape)
-    )
+    return tuple(None if size == 1 and out_shape[offset + i] != 1 else offset + i for i, size in enumerate(shape))
 
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -281,13 +283,9 @@ def _matmul(node: fx.Node) -> Step:
 
     def batch(shape: tuple[int, ...]) -> tuple[int | None, ...]:
         offset = lead - (len(shape) - 2)
-        return tuple(
-            None if size == 1 and out[offset + i] != 1 else offset + i for i, size in enumerate(shape[:-2])
-        )
+        return tuple(None if size == 1 and out[offset + i] != 1 else offset + i for i, size in enumerate(shape[:-2]))
 
-    return Aligned(
-        (Operand(left, (*batch(a), lead, -1)), Operand(right, (*batch(b), -1, lead + 1))), contraction=True
-    )
+    return Aligned((Operand(left, (*batch(a), lead, -1)), Operand(right, (*batch(b), -1, lead + 1))), contraction=True)
 
 
 def _addmm(node: fx.Node) -> Step:
@@ -316,7 +314,7 @@ def _einsum(node: fx.Node) -> Step:
     if "->" not in equation or len(terms) != len(nodes):
         return Opaque(f"einsum {equation}")
     if "." in equation:
-        spare = [c for c in map(chr, range(0x100, 0x180))]
+        spare = list(map(chr, range(0x100, 0x180)))
         ranks = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, terms, strict=True)]
         widest = max((r for r, t in zip(ranks, terms, strict=True) if "..." in t), default=0)
         terms = [
@@ -347,7 +345,8 @@ def _convolution(node: fx.Node) -> Step:
         return Opaque(f"op {node.target}")
     groups = int(concrete(argument(node, "groups", 1)))
     channels = shape_of(data)[1]
-    # Spatial dimensions are mixed by the kernel, and no head may live there: a reduced number of their own on both sides.
+    # Spatial dimensions are mixed by the kernel, and no head may live there: a reduced number of their own on both
+    # sides.
     spatial = tuple(-10 - i for i in range(rank - 2))
     kernel = tuple(-20 - i for i in range(rank - 2))
     if groups == 1:

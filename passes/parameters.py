@@ -57,7 +57,8 @@ class Cut:
         self._by_role.setdefault(use.role, set()).add(layout.site.name)
         if len(self._by_role[use.role]) > 1 and not use.role.startswith("side"):
             raise PlanError(
-                f"sites {sorted(self._by_role[use.role])} share parameter {self.node.target}, so they must be given the same heads"
+                f"sites {sorted(self._by_role[use.role])} share parameter {self.node.target}, so they must "
+                "be given the same heads"
             )
         for block in blocks:
             self.blocks.append(replace(block, to=to_ranges([i + start for i in from_ranges(block.to)])))
@@ -85,7 +86,8 @@ def cut_tensor(tensor: Tensor, plan: ParameterPlan) -> Tensor:
     """
     if tensor.shape[plan.axis] != plan.size[0]:
         raise PlanError(
-            f"parameter {plan.name} has {tensor.shape[plan.axis]} entries along axis {plan.axis}, the plan expects {plan.size[0]}"
+            f"parameter {plan.name} has {tensor.shape[plan.axis]} entries along axis {plan.axis}, the plan "
+            f"expects {plan.size[0]}"
         )
     shape = list(tensor.shape)
     shape[plan.axis] = plan.size[1]

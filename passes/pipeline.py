@@ -55,7 +55,8 @@ class Analysis:
             return
         if not self.refusals:
             raise NoAttentionError(
-                "no attention found: the graph holds no scaled_dot_product_attention, and no softmax between two products of "
+                "no attention found: the graph holds no scaled_dot_product_attention, and no softmax "
+                "between two products of "
                 "activations"
             )
         miss = self.refusals[0]
@@ -94,11 +95,17 @@ def make_plan(
         if heads_by == "weights":
             each = [weight_scores(analysis.facts.module, s) for s in group]
             if len({len(e) for e in each}) == 1:
-                scores = sum(e / e.mean().clamp(min=1e-30) for e in each[1:]) + each[0] / each[0].mean().clamp(min=1e-30)
+                scores = sum(e / e.mean().clamp(min=1e-30) for e in each[1:]) + each[0] / each[0].mean().clamp(
+                    min=1e-30
+                )
         for site in group:
             numbers = wanted[site.name]
             if numbers is not None:
-                own = scores if scores is None or len(scores) == site.heads else weight_scores(analysis.facts.module, site)
+                own = (
+                    scores
+                    if scores is None or len(scores) == site.heads
+                    else weight_scores(analysis.facts.module, site)
+                )
                 plans[site.name] = choose(site, *numbers, own, heads_by, kv_merge)
     return plans
 
@@ -131,7 +138,9 @@ def fit_plan(analysis: Analysis, plan: Plan) -> dict[str, SitePlan]:
     sites = {s.name: s for s in analysis.sites}
     for entry in plan.sites:
         if entry.name not in sites:
-            raise PlanError(f"the plan names site {entry.name!r}, which this model does not have; it has: {', '.join(sites)}")
+            raise PlanError(
+                f"the plan names site {entry.name!r}, which this model does not have; it has: {', '.join(sites)}"
+            )
         check_fit(sites[entry.name], entry)
     return {entry.name: entry for entry in plan.sites}
 
@@ -142,7 +151,9 @@ def run_passes(analysis: Analysis, plans: dict[str, SitePlan], timings: Timings)
     try:
         result = timings.timed("rewrite", lambda: rewrite(analysis.facts, analysis.sites, plans))
     except Refused as refused:
-        raise PlanError(f"the request cannot be carried out: {refused.reason} (node {', '.join(refused.nodes)})") from refused
+        raise PlanError(
+            f"the request cannot be carried out: {refused.reason} (node {', '.join(refused.nodes)})"
+        ) from refused
     check_graph(module, "rewrite")
     renamed = timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))
     result.cores = {site: renamed.get(name, name) for site, name in result.cores.items()}

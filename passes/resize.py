@@ -17,6 +17,7 @@ from sqa_fx.passes.ops import argument, moved_from, op_name
 from sqa_fx.passes.site import Refused
 
 Emit = Callable[..., fx.Node]
+_ALONG_DIMENSIONS = ("roll", "flip", "constant_pad_nd", "pad", "unfold", "diagonal", "rot90")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Resizer:
     """Rewrites the arguments of single ops.
 
     ``emit(target, *args)`` adds a node before the one being rewritten;
-    ``constant(tensor)`` adds a constant to the module and returns its node; ``index_value(node)`` is the value of an index
-    that the graph fixes, or None."""
+    ``constant(tensor)`` adds a constant to the module and returns its node; ``index_value(node)`` is the value of an
+    index that the graph fixes, or None."""
 
     emit: Emit
     constant: Callable[[torch.Tensor], fx.Node]
@@ -73,9 +74,8 @@ class Resizer:
             args[2] = self.sizes(args[2], out, dim)
         elif name in ("index", "index_select", "gather") and source is not None:
             self._index(maker, name, args, out, source)
-        elif name in ("roll", "flip", "constant_pad_nd", "pad", "unfold", "diagonal", "rot90") and source is not None:
-            if any(o != n for o, n in zip(source.old, source.new, strict=True)) and self._touches(maker, source):
-                raise Refused(f"{name} runs along the head axis", node)
+        elif name in _ALONG_DIMENSIONS and source is not None and self._touches(maker, source):
+            raise Refused(f"{name} runs along the head axis", node)
         return maker.target, tuple(args), kwargs
 
     @staticmethod
@@ -118,7 +118,7 @@ class Resizer:
             return torch.ops.aten.alias.default, (args[0],), {}
         kept = source.kept[dim]
         if name in ("select", "unbind"):
-            index = int(concrete(argument(maker, "index"))) if name == "select" else int(node.args[1])  # type: ignore[call-overload]
+            index = int(concrete(argument(maker, "index"))) if name == "select" else _position(node)
             index %= source.old[dim]
             if not bool(kept[index]):
                 raise Refused("a single head is taken out by number", node)
@@ -136,7 +136,7 @@ class Resizer:
             step = concrete(argument(maker, "step", 1)) if name == "slice" else 1
             return (min(int(start) + (source.old[dim] if start < 0 else 0), source.old[dim]), int(step))
         pieces = value_of(maker)
-        chosen = int(node.args[1])  # type: ignore[call-overload]
+        chosen = _position(node)
         chosen %= len(pieces)
         return sum(int(hint(p.shape[dim])) for p in pieces[:chosen]), 1
 
@@ -175,6 +175,13 @@ class Resizer:
         if not bool(kept[chosen].all()):
             raise Refused("an index repeats heads in an order that merged heads cannot follow", maker)
         holder[position] = self.constant(place[chosen])
+
+
+def _position(node: fx.Node) -> int:
+    """Which result of a split or unbind ``node`` takes."""
+    position = node.args[1]
+    assert isinstance(position, int)
+    return position
 
 
 def _first(maker: fx.Node) -> fx.Node:

@@ -1,9 +1,9 @@
 """Rewrite: build the smaller region of every site beside the old one, then let the old one go.
 
 The new region is made on demand, from the output projection back to the weights: each node is asked for the part of its
-value that the kept heads need. Whatever carries no heads is used as it is, so everything outside the region stays untouched.
-KV tensors hold every new KV head once up to the core, where attention itself (enable_gqa), broadcasting, or an explicit
-repeat serves it to its query heads.
+value that the kept heads need. Whatever carries no heads is used as it is, so everything outside the region stays
+untouched. KV tensors hold every new KV head once up to the core, where attention itself (enable_gqa), broadcasting,
+or an explicit repeat serves it to its query heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import EMPTY, single, varying
-from sqa_fx.passes.layout import DROP, Layout, NewShape
+from sqa_fx.passes.layout import Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
 from sqa_fx.passes.parameters import Cut, cut_tensor
 from sqa_fx.passes.propagate import FakeResults
@@ -163,7 +163,9 @@ class _Parameters:
                 holders.replace(attribute(self.module, node.target), plan)
                 continue
             if any(len(b.sources) > 1 for b in plan.blocks):
-                raise Refused(f"parameter {node.target} is read by something else too, so its KV heads cannot be merged", node)
+                raise Refused(
+                    f"parameter {node.target} is read by something else too, so its KV heads cannot be merged", node
+                )
             order = [0] * plan.size[1]
             for block in plan.blocks:
                 for to, source in zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True):
@@ -174,11 +176,14 @@ class _Parameters:
             taken.meta = dict(new.meta)
             new.replace_all_uses_with(taken)
             self.module.graph.erase_node(new)
-            result.notes.append(f"parameter {node.target} is used outside attention too; its heads are selected in the graph")
+            result.notes.append(
+                f"parameter {node.target} is used outside attention too; its heads are selected in the graph"
+            )
 
 
 class _Holders:
-    """Every table entry of a module tree by the tensor it holds, so that a cut parameter is replaced under all its names."""
+    """Every table entry of a module tree by the tensor it holds, so that a cut parameter is replaced under all its
+    names."""
 
     def __init__(self, module: nn.Module) -> None:
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
@@ -208,16 +213,14 @@ class _Builder:
         self.fused: dict[fx.Node, fx.Node] = {}
         self.projections: dict[fx.Node, fx.Node] = {}
         self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
-        self.segments = {
-            (u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves
-        }
+        self.segments = {(u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves}
 
     # -- the public steps ----------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Build the new region; nothing of the old one changes yet. Raises Refused when it cannot be built."""
         for node in self._output_projections():
-            self.projections[node] = self._copy(node, lambda a: self._operand(a))
+            self.projections[node] = self._copy(node, self._operand)
         for node in self.site.carried_outputs:
             if len(varying(self.site.labels[CORE, node])) != 1:
                 raise Refused("an output of the model has heads along several dimensions", node)
@@ -431,7 +434,7 @@ class _Builder:
     def _copy_core(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
         """The SDPA node on new operands; its fake value is that of the old one with the new head count."""
         args = [mapping.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
-        names = {n: m for n, m in mapping.items()}
+        names = dict(mapping)
         # The same tensor may serve as key and value: each position takes its own part.
         for position, name in enumerate(("q", "k", "v")):
             original = (self.site.core.q, self.site.core.k, self.site.core.v)[position]
@@ -439,6 +442,7 @@ class _Builder:
                 args[position] = names[original] if name != "v" else mapping[self.site.core.v]
         mask = argument(node, "attn_mask")
         with self.graph.inserting_before(node):
+            assert isinstance(node.target, torch._ops.OpOverload)
             new = self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
         if isinstance(mask, fx.Node):
             set_argument(new, "attn_mask", self._reach(CORE, mask))

@@ -139,9 +139,10 @@ def _read_chain(probabilities: fx.Node) -> _Chain | None:
             chain.scale *= factor if name == "mul" else 1 / factor
         elif name == "add" and chain.mask is None and chain.scale == 1.0:
             mask = node.args[1]
-            if not is_tensor(mask) or argument(node, "alpha", 1) != 1 or not value_of(mask).is_floating_point():
+            if not isinstance(mask, fx.Node) or not is_tensor(mask) or argument(node, "alpha", 1) != 1:
                 return None
-            assert isinstance(mask, fx.Node)
+            if not value_of(mask).is_floating_point():
+                return None
             chain.mask = mask
         elif name not in _CASTS:
             return None
@@ -188,4 +189,3 @@ def _is_causal(mask: Tensor, length: int) -> bool:
     # Adding this much to a score makes its weight exactly zero, since the diagonal of every row stays.
     floor = max(torch.finfo(mask.dtype).min, -1e30)
     return bool((mask[..., keep] == 0).all()) and bool((mask[..., ~keep] <= floor).all())
-

@@ -1,8 +1,8 @@
 """Verify: the original graph with masked weights must compute what the rewritten graph computes.
 
-The oracle side runs the original graph unedited. Only weights differ, and they come from the plan as data: columns of the
-output projection that belong to dropped heads are zero, and the weights of merged heads are replaced by what the merged head
-got. No rewriting code is involved, so agreement validates the rewrite on the user's own model and inputs.
+The oracle side runs the original graph unedited. Only weights differ, and they come from the plan as data: columns of
+the output projection that belong to dropped heads are zero, and the weights of merged heads are replaced by what the
+merged head got. No rewriting code is involved, so agreement validates the rewrite on the user's own model and inputs.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def verify(
 ) -> Proof:
     """Compare ``rewritten`` with ``original`` under masked weights, on one set of inputs.
 
-    ``outputs`` maps each site to the nodes that make its output in the two graphs. Raises VerifyError naming the first site
-    that differs. In float64 both graphs run upcast, so that rounding cannot hide or fake a difference; a graph that cannot
-    (an op without float64) runs in its own dtype, and the proof says so.
+    ``outputs`` maps each site to the nodes that make its output in the two graphs. Raises VerifyError naming the
+    first site that differs. In float64 both graphs run upcast, so that rounding cannot hide or fake a difference; a
+    graph that cannot (an op without float64) runs in its own dtype, and the proof says so.
     """
     weights = masked_weights(original, plan)
     inputs = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
@@ -146,7 +146,9 @@ def verify(
         try:
             return _compare(original, rewritten, weights, outputs, carried, inputs, True, notes)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            notes.append(f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used")
+            notes.append(
+                f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used"
+            )
     return _compare(original, rewritten, weights, outputs, carried, inputs, False, notes)
 
 
@@ -186,7 +188,8 @@ def _compare(
     if bad is not None:
         raise VerifyError(
             f"the rewritten graph differs from the masked original, first at site {bad.name!r}: relative error "
-            f"{bad.error:.3g}, tolerance {tolerance:.3g} ({'float64' if wide else lowest}). The model was not converted; "
+            f"{bad.error:.3g}, tolerance {tolerance:.3g} ({'float64' if wide else lowest}). The model was "
+            "not converted; "
             "please report the site, and leave it out with a mapping of site patterns"
         )
     if not worst <= tolerance:
@@ -196,8 +199,12 @@ def _compare(
         )
     silent = [p.name for p in proofs if p.silent]
     if silent:
-        notes.append(f"these sites gave zeros on the example inputs, which proves nothing about them: {', '.join(silent)}")
-    return Proof("float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), tuple(notes))
+        notes.append(
+            f"these sites gave zeros on the example inputs, which proves nothing about them: {', '.join(silent)}"
+        )
+    return Proof(
+        "float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), tuple(notes)
+    )
 
 
 def _fresh(inputs: Sequence[Any]) -> list[Any]:
@@ -223,4 +230,3 @@ def distance(expected: Tensor, actual: Tensor) -> float:
     gap = float((a - b).abs().max())
     scale = float(a.abs().max())
     return gap / scale if scale > 0 else (0.0 if gap == 0 else float("inf"))
-

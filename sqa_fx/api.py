@@ -20,7 +20,8 @@ from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
 from sqa_fx.passes.rewrite import Rewritten
 from sqa_fx.passes.site import Site
-from sqa_fx.passes.verify import Precision, Proof, verify as prove
+from sqa_fx.passes.verify import Precision, Proof
+from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.report import RefusedReport, Report, SiteReport
 from sqa_fx.request import HeadChoice, Request
@@ -43,15 +44,17 @@ def convert(
 ) -> ConvertedModule | DeferredModule:
     """Rewrite the attention of ``model`` into SQA form with its trained weights, prove it, and return the new module.
 
-    ``hq`` and ``hkv`` are the query and KV heads to keep per site: a number, a fraction of the site's own heads (0.5), a
-    variant name (``hq="sSQA"``), or a mapping from site patterns to any of these (sites that no pattern names stay). ``plan``
-    applies a plan made before instead. ``args`` and ``kwargs`` are example inputs as for torch.export.export; without them
-    the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that has none is converted on its first call.
-    ``heads`` says which heads stay: "weights" (largest norm of value and output blocks), "first", or lists by site pattern.
-    ``kv_merge`` says how KV heads that share a group become one. ``verify`` is True (proof in float64), "native" (in the
-    model's own dtype) or False. The model passed in is never modified.
+    ``hq`` and ``hkv`` are the query and KV heads to keep per site: a number, a fraction of the site's own heads
+    (0.5), a variant name (``hq="sSQA"``), or a mapping from site patterns to any of these (sites that no pattern
+    names stay). ``plan`` applies a plan made before instead. ``args`` and ``kwargs`` are example inputs as for
+    torch.export.export; without them the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that
+    has none is converted on its first call. ``heads`` says which heads stay: "weights" (largest norm of value and
+    output blocks), "first", or lists by site pattern. ``kv_merge`` says how KV heads that share a group become one.
+    ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. The model passed in is never
+    modified.
 
-    Raises CaptureError, NoAttentionError, PlanError (an impossible request), VerifyError (the proof failed) and InputError.
+    Raises CaptureError, NoAttentionError, PlanError (an impossible request), VerifyError (the proof failed) and
+    InputError.
     """
     if plan is None and hq is None and hkv is None:
         raise InputError("say how many heads to keep: hq=, hkv=, or a plan=")
@@ -60,8 +63,14 @@ def convert(
     _check_choices(heads, kv_merge)
     inputs = _inputs(model, args, kwargs)
     options: dict[str, Any] = {
-        "hq": hq, "hkv": hkv, "plan": plan, "heads": heads, "kv_merge": kv_merge, "dynamic_shapes": dynamic_shapes, "verify": verify,
-    }  # fmt: skip
+        "hq": hq,
+        "hkv": hkv,
+        "plan": plan,
+        "heads": heads,
+        "kv_merge": kv_merge,
+        "dynamic_shapes": dynamic_shapes,
+        "verify": verify,
+    }
     if inputs is None:
         assert isinstance(model, nn.Module)
         return DeferredModule(model, lambda a, k: _convert(model, a, k, **options))
@@ -108,7 +117,14 @@ def _convert(
         proof = timings.timed(
             "verify",
             lambda: prove(
-                original, captured.graph_module, made, done.outputs, done.carried, captured.args, captured.kwargs, precision
+                original,
+                captured.graph_module,
+                made,
+                done.outputs,
+                done.carried,
+                captured.args,
+                captured.kwargs,
+                precision,
             ),
         )
     _own_tensors(captured.graph_module)
@@ -134,13 +150,17 @@ def inspect(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
 ) -> Report:
-    """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is converted.
+    """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is
+    converted.
 
-    Raises CaptureError, PlanError and InputError as :func:`convert` does. No attention is an empty report, not an error.
+    Raises CaptureError, PlanError and InputError as :func:`convert` does. No attention is an empty report, not an
+    error.
     """
     inputs = _inputs(model, args, kwargs)
     if inputs is None:
-        raise InputError(f"{type(model).__name__} says nothing of its inputs: pass args= or kwargs= as you would call it")
+        raise InputError(
+            f"{type(model).__name__} says nothing of its inputs: pass args= or kwargs= as you would call it"
+        )
     timings = Timings()
     captured = timings.timed("capture", lambda: capture(model, *inputs, dynamic_shapes))
     analysis = timings.timed("find", lambda: find_sites(captured.graph_module))
@@ -153,7 +173,9 @@ def inspect(
 
 def _check_choices(heads: HeadChoice, kv_merge: str) -> None:
     if isinstance(heads, str) and heads not in ("first", "weights"):
-        raise InputError(f"heads={heads!r}: known are 'first', 'weights', or a mapping from site patterns to lists of heads")
+        raise InputError(
+            f"heads={heads!r}: known are 'first', 'weights', or a mapping from site patterns to lists of heads"
+        )
     if kv_merge not in ("mean", "select"):
         raise InputError(f"kv_merge={kv_merge!r}: known are 'mean' and 'select'")
 
@@ -207,7 +229,9 @@ def _report(
     refused = [*analysis.refusals, *(done.refused if done is not None else ())]
     gone = {r.name for r in done.refused} if done is not None else set()
     report.sites = [
-        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name)) for s in analysis.sites if s.name not in gone
+        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name))
+        for s in analysis.sites
+        if s.name not in gone
     ]
     report.refused = [RefusedReport(r.name, r.reason, r.nodes) for r in refused]
     if proof is not None:
@@ -263,5 +287,3 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         kv_groups=plan.kv_groups if plan is not None else (),
         proof_error=error,
     )
-
-

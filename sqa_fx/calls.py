@@ -33,7 +33,10 @@ def signature_from_json(rows: Any) -> inspect.Signature | None:
         return None
     empty = inspect.Parameter.empty
     return inspect.Signature(
-        [inspect.Parameter(str(r["name"]), getattr(_KINDS, str(r["kind"])), default=r.get("default", empty)) for r in rows]
+        [
+            inspect.Parameter(str(r["name"]), getattr(_KINDS, str(r["kind"])), default=r.get("default", empty))
+            for r in rows
+        ]
     )
 
 
@@ -50,7 +53,9 @@ class CallBinder:
         leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
         holders = [n for n in graph.nodes if n.op == "placeholder"]
         self.names = [n.name for n in holders]
-        self.expected = [value_of(n) if isinstance(leaf, torch.Tensor) else leaf for n, leaf in zip(holders, leaves, strict=True)]
+        self.expected = [
+            value_of(n) if isinstance(leaf, torch.Tensor) else leaf for n, leaf in zip(holders, leaves, strict=True)
+        ]
         self._captured = self._bound(args, dict(kwargs)) if signature is not None else {}
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +84,9 @@ class CallBinder:
             kwargs = {name: kwargs[name] for name in self.kwargs}
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
-            raise InputError(f"the graph was captured with inputs {self.names}; convert again with example inputs of this form")
+            raise InputError(
+                f"the graph was captured with inputs {self.names}; convert again with example inputs of this form"
+            )
         for name, leaf, expected in zip(self.names, leaves, self.expected, strict=True):
             self._check(name, leaf, expected)
         return args, kwargs
@@ -92,7 +99,8 @@ class CallBinder:
                 parameter = self.signature.parameters.get(name)
                 if value is not None and (parameter is None or value is not parameter.default):
                     raise InputError(
-                        f"input {name!r} was not there when the model was captured, so the graph cannot use it; convert again with "
+                        f"input {name!r} was not there when the model was captured, so the graph cannot "
+                        "use it; convert again with "
                         f"{name!r} among the example inputs (it was captured with: {', '.join(self._captured)})"
                     )
         names = list(self._captured)
@@ -111,20 +119,26 @@ class CallBinder:
     def _check(name: str, leaf: Any, expected: Any) -> None:
         if not isinstance(expected, torch.Tensor):
             if isinstance(expected, int | float | bool | str | None) and leaf != expected:
-                raise InputError(f"input {name!r} was {expected!r} when the model was captured and is fixed; got {leaf!r}")
+                raise InputError(
+                    f"input {name!r} was {expected!r} when the model was captured and is fixed; got {leaf!r}"
+                )
             return
         if not isinstance(leaf, torch.Tensor):
             raise InputError(f"input {name!r} must be a tensor of shape {_shape(expected)}; got {type(leaf).__name__}")
         if leaf.dtype != expected.dtype:
-            raise InputError(f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}")
+            raise InputError(
+                f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}"
+            )
         fits = leaf.dim() == expected.dim() and all(
-            isinstance(wanted, torch.SymInt) or size == wanted
+            not isinstance(wanted, int) or size == wanted
             for size, wanted in zip(leaf.shape, expected.shape, strict=True)
         )
         if not fits:
             raise InputError(
-                f"input {name!r} must have shape {_shape(expected)} (letters are free); got {list(leaf.shape)}. Sizes that are "
-                "fixed come from the example inputs: convert with others, or with a batch and length above 1, to free them"
+                f"input {name!r} must have shape {_shape(expected)} (letters are free); got "
+                f"{list(leaf.shape)}. Sizes that are "
+                "fixed come from the example inputs: convert with others, or with a batch and length "
+                "above 1, to free them"
             )
 
 

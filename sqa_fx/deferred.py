@@ -35,7 +35,8 @@ class DeferredModule(nn.Module):
     def _done(self) -> ConvertedModule:
         if self.converted is None:
             raise InputError(
-                "the model is converted on its first call: call it once, or pass args=/kwargs= to convert, before asking for this"
+                "the model is converted on its first call: call it once, or pass args=/kwargs= to "
+                "convert, before asking for this"
             )
         return self.converted  # type: ignore[return-value]
 

@@ -32,8 +32,8 @@ def export(
 ) -> OnnxArtifact:
     """Export a converted module, a plain module or an ExportedProgram to ``path``; ``.onnx`` says ONNX.
 
-    A converted module brings its own example inputs and dynamic shapes. Raises InputError for another suffix, a path that
-    exists or cannot be written, or a module without example inputs, and whatever the exporter raises.
+    A converted module brings its own example inputs and dynamic shapes. Raises InputError for another suffix, a path
+    that exists or cannot be written, or a module without example inputs, and whatever the exporter raises.
     """
     from sqa_fx.exporters.to_onnx import export_onnx
 

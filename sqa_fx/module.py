@@ -71,7 +71,8 @@ class ConvertedModule(nn.Module):
         """
         if mode and not self._captured_training:
             warnings.warn(
-                "this model was captured in eval mode, so its graph holds no dropout; convert(model.train(), ...) keeps it",
+                "this model was captured in eval mode, so its graph holds no dropout; "
+                "convert(model.train(), ...) keeps it",
                 stacklevel=2,
             )
         if not mode and any(
@@ -96,7 +97,11 @@ class ConvertedModule(nn.Module):
         """The converted graph as an ExportedProgram with the dynamic shapes of the capture."""
         with _silence():
             return torch.export.export(
-                self.graph_module, self.example_args, self.example_kwargs, dynamic_shapes=self.dynamic_shapes, strict=False
+                self.graph_module,
+                self.example_args,
+                self.example_kwargs,
+                dynamic_shapes=self.dynamic_shapes,
+                strict=False,
             )
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -3,23 +3,26 @@
 Schema (version 1)::
 
     {"format": "sqa-fx-plan", "version": 1,
-     "sites": [{"name": "encoder.layer.0.attention", "heads": 12, "kv_heads": 12, "hq": 6, "hkv": 3, "head_dim": 32,
-                "query_heads": [0, 2, 5, 6, 9, 11],            # head of the original behind each head of the result, in order
-                "query_groups": [[0], [2], [5], [6], [9], [11]],  # original query heads averaged into each new query head
-                "kv_groups": [[0, 2], [5, 6], [9, 11]],        # original KV heads merged into each new KV head
-                "heads_by": "weights", "kv_merge": "mean"}],
-     "parameters": [{"name": "encoder.layer.0.attention.query.weight", "axis": 0, "size": [384, 192], "sites": [...],
-                     "blocks": [{"role": "q", "head": 0, "to": ["0:32"], "from": [["0:32"]], "replaces": [["0:32"]]}, ...],
-                     "dropped": ["32:64", ...]}]}
+     "sites": [
+       {"name": "encoder.layer.0.attention", "heads": 12, "kv_heads": 12, "hq": 6, "hkv": 3, "head_dim": 32,
+        "query_heads": [0, 2, 5, 6, 9, 11],               # the original head behind each head of the result
+        "query_groups": [[0], [2], [5], [6], [9], [11]],  # original query heads averaged into each new one
+        "kv_groups": [[0, 2], [5, 6], [9, 11]],           # original KV heads merged into each new one
+        "heads_by": "weights", "kv_merge": "mean"}],
+     "parameters": [
+       {"name": "encoder.layer.0.attention.query.weight", "axis": 0, "size": [384, 192], "sites": [...],
+        "blocks": [{"role": "q", "head": 0, "to": ["0:32"], "from": [["0:32"]], "replaces": [["0:32"]]}, ...],
+        "dropped": ["32:64", ...]}]}
 
-Head numbers are the model's own (order along the head axis of its attention). Query head ``i`` of the result reads KV head
-``i * hkv // hq`` (for hq < hkv, KV head ``j`` is read by query head ``j * hq // hkv``).
+Head numbers are the model's own (order along the head axis of its attention). Query head ``i`` of the result reads KV
+head ``i * hkv // hq`` (for hq < hkv, KV head ``j`` is read by query head ``j * hq // hkv``).
 
-A parameter is cut along ``axis`` from ``size[0]`` to ``size[1]`` entries: for every block, entries ``to`` of the result are
-the mean over the ranges in ``from`` of the original, in that order (``a:b`` or ``a:b:step``, as Python slices). Blocks
-together fill the result exactly. ``replaces`` are the original entries of every head that the new one stands for (more than
-``from`` when one KV head is selected out of several). ``dropped`` are the original entries of heads that are gone. Roles: ``q``, ``k``, ``v``,
-``o``, ``side:*`` (an operand with a head axis), ``rest`` (entries that belong to no head).
+A parameter is cut along ``axis`` from ``size[0]`` to ``size[1]`` entries: for every block, entries ``to`` of the
+result are the mean over the ranges in ``from`` of the original, in that order (``a:b`` or ``a:b:step``, as Python
+slices). Blocks together fill the result exactly. ``replaces`` are the original entries of every head that the new one
+stands for (more than ``from`` when one KV head is selected out of several). ``dropped`` are the original entries of
+heads that are gone. Roles: ``q``, ``k``, ``v``, ``o``, ``side:*`` (an operand with a head axis), ``rest`` (entries
+that belong to no head).
 """
 
 from __future__ import annotations
@@ -162,7 +165,8 @@ class Plan:
         return Plan(sites, parameters)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the plan as JSON. Raises InputError when ``path`` exists (unless ``overwrite``) or cannot be written."""
+        """Write the plan as JSON. Raises InputError when ``path`` exists (unless ``overwrite``) or cannot be
+        written."""
         target = Path(path)
         if target.exists() and not overwrite:
             raise InputError(f"{target} exists; choose another path or pass overwrite=True")
@@ -230,14 +234,17 @@ def _parameter(entry: Mapping[str, Any]) -> ParameterPlan:
     )
     for block in blocks:
         width = len(from_ranges(block.to))
-        if not block.sources or any(
-            len(from_ranges(s)) != width for s in (*block.sources, *block.replaces)
-        ):
+        if not block.sources or any(len(from_ranges(s)) != width for s in (*block.sources, *block.replaces)):
             raise ValueError(f"parameter {entry['name']}: block {block.role} {block.head} does not match its sources")
     size = _ints(entry["size"])
     filled = sorted(i for b in blocks for i in from_ranges(b.to))
     if len(size) != 2 or filled != list(range(size[1])):
         raise ValueError(f"parameter {entry['name']}: its blocks do not fill {size[-1]} entries exactly")
     return ParameterPlan(
-        str(entry["name"]), int(entry["axis"]), (size[0], size[1]), tuple(entry["sites"]), blocks, tuple(entry["dropped"])
+        str(entry["name"]),
+        int(entry["axis"]),
+        (size[0], size[1]),
+        tuple(entry["sites"]),
+        blocks,
+        tuple(entry["dropped"]),
     )

@@ -12,7 +12,8 @@ class SiteReport:
     """One convertible site, before and after.
 
     ``flops_before``/``flops_after`` count the two attention products at the example inputs: 4 * batch * heads * q_len *
-    kv_len * head_dim (two multiply-adds per score and value element). ``kv_bytes_*`` are bytes of K and V per token of context.
+    kv_len * head_dim (two multiply-adds per score and value element). ``kv_bytes_*`` are bytes of K and V per token
+    of context.
     """
 
     name: str
@@ -117,7 +118,8 @@ class Report:
             lines.append(f"refused {r.name}: {r.reason}" + (f" (node {', '.join(r.nodes)})" if r.nodes else ""))
         if self.proof is not None:
             lines.append(
-                f"proved against the masked original in {self.proof['precision']}: relative error {self.proof['error']:.2e}, "
+                f"proved against the masked original in {self.proof['precision']}: relative error "
+                f"{self.proof['error']:.2e}, "
                 f"tolerance {self.proof['tolerance']:.0e}"
             )
         lines.extend(f"note: {note}" for note in self.notes)

@@ -1,4 +1,5 @@
-"""What the user asked for: hq and hkv as numbers, fractions, variant names, or a mapping from site patterns to these."""
+"""What the user asked for: hq and hkv as numbers, fractions, variant names, or a mapping from site patterns to
+these."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ VARIANTS: dict[str, tuple[Fraction, Fraction | int]] = {
 def resolve(name: str, heads: int, kv_heads: int, hq: Request, hkv: Request) -> tuple[int, int] | None:
     """(hq, hkv) for site ``name`` with ``heads`` query and ``kv_heads`` KV heads; None when no pattern names the site.
 
-    A variant name in ``hq`` sets both unless ``hkv`` is given. hkv left out means as many KV heads as the request for hq
-    allows: min(kv_heads, hq). Raises PlanError, naming the site and its shapes, when the request is impossible.
+    A variant name in ``hq`` sets both unless ``hkv`` is given. hkv left out means as many KV heads as the request for
+    hq allows: min(kv_heads, hq). Raises PlanError, naming the site and its shapes, when the request is impossible.
     """
     query, both = _lookup(hq, name)
     pair, paired = _lookup(hkv, name)
@@ -66,7 +67,9 @@ def check(name: str, heads: int, kv_heads: int, hq: int, hkv: int) -> None:
     if not 1 <= hkv <= kv_heads:
         raise PlanError(f"{shape}: hkv={hkv} is not between 1 and {kv_heads}")
     if hq % hkv and hkv % hq:
-        raise PlanError(f"{shape}: hq={hq} and hkv={hkv} do not divide one another; one must be a multiple of the other")
+        raise PlanError(
+            f"{shape}: hq={hq} and hkv={hkv} do not divide one another; one must be a multiple of the other"
+        )
 
 
 def _lookup(request: Request, name: str) -> tuple[HeadCount | None, bool]:
