@@ -101,18 +101,21 @@ class Layout:
         dims = varying(labels)
         sizes = list(shape)
         if len(dims) == 2:
-            grid = low(labels).reshape(labels.size(dims[0]), labels.size(dims[1]))
-            one = (low(labels) == high(labels)).reshape(grid.shape) | (labels == EMPTY).reshape(grid.shape)
-            kv = self.kv[grid.clamp(max=self.site.heads - 1)]
-            if self.site.heads == labels.numel() and bool(one.all()) and self.site.kv_heads < self.site.heads:
-                if bool((kv == kv[:, :1]).all()):
-                    sizes[dims[0]], sizes[dims[1]] = self.plan.hkv, self.wide // self.plan.hkv
-                    return NewShape(shape, tuple(sizes), None)
-            elif bool(one.all()):
-                per_head = self._block_rows(grid, (labels == EMPTY).reshape(grid.shape))
-                if per_head:
-                    sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
-                    return NewShape(shape, tuple(sizes), None)
+            grid = labels.reshape(labels.size(dims[0]), labels.size(dims[1]))
+            empty = grid == EMPTY
+            if bool(((low(grid) == high(grid)) | empty).all()):
+                rows, columns = (~empty).any(1), (~empty).any(0)
+                inner = grid[rows][:, columns]
+                kv = self.kv[low(inner).clamp(max=self.site.heads - 1)]
+                if self.site.kv_heads < self.site.heads:
+                    if inner.numel() == self.site.heads and bool((inner != EMPTY).all() and (kv == kv[:, :1]).all()):
+                        sizes[dims[0]], sizes[dims[1]] = self.plan.hkv, self.wide // self.plan.hkv
+                        return NewShape(shape, tuple(sizes), None)
+                else:
+                    per_head = self._block_rows(low(grid), empty)
+                    if per_head:
+                        sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
+                        return NewShape(shape, tuple(sizes), None)
         raise Refused(
             f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node
         )

@@ -315,13 +315,16 @@ class _Builder:
             self.shapes[role, node] = self.layout.new_shape(node, role)
         return self.shapes[role, node]
 
-    def _emit(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before ``before``, with its fake value."""
+    def _emit(self, before: fx.Node, target: Any, *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
+        """A new node before ``before``, with its fake value (found by running the op on fake inputs unless given)."""
         if target is torch.ops.aten.slice.Tensor and args[2] == 0 and args[3] == value_of(args[0]).shape[args[1]]:
             return args[0]  # type: ignore[no-any-return]
         with self.graph.inserting_before(before):
             new = self.graph.call_function(target, args, kwargs)
         new.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        if value is not None:
+            new.meta["val"] = value
+            return new
         values = fx.node.map_arg((args, kwargs), value_of)
         try:
             new.meta["val"] = self.parameters.fakes.run(target, *values)
@@ -331,26 +334,54 @@ class _Builder:
         return new
 
     def _copy(self, node: fx.Node, swap: Any, shape: NewShape | None = None) -> fx.Node:
-        """``node`` again on new inputs, with sizes and groups that follow ``shape``."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: swap(a) if is_tensor(a) else a)
-        new_args, new_kwargs = list(args), dict(kwargs)
-        if shape is not None and op_name(node) not in ("linear",):
-            target = node.target
-            assert isinstance(target, torch._ops.OpOverload)
+        """``node`` again on new inputs, with sizes and groups that follow ``shape`` (None: its shape stays)."""
+        swapped = {a: swap(a) for a in node.all_input_nodes if is_tensor(a)}
+        new_args, new_kwargs = fx.node.map_arg((list(node.args), dict(node.kwargs)), lambda a: swapped.get(a, a))
+        new_args, new_kwargs = list(new_args), dict(new_kwargs)
+        if shape is not None and isinstance(node.target, torch._ops.OpOverload):
             resizer = self._resizer(node)
-            for i, spec in enumerate(target._schema.arguments):
+            for i, spec in enumerate(node.target._schema.arguments):
                 given = new_kwargs.get(spec.name, new_args[i] if i < len(new_args) else None)
-                changed = given
                 if spec.name == "size" and isinstance(given, list | tuple):
-                    changed = resizer.sizes(given, shape)
+                    changed: Any = resizer.sizes(given, shape)
                 elif spec.name == "groups" and given not in (None, 1):
                     changed = shape.new[1]
-                if changed is not given:
-                    if spec.name in new_kwargs or i >= len(new_args):
-                        new_kwargs[spec.name] = changed
-                    else:
-                        new_args[i] = changed
-        return self._emit(node, node.target, *new_args, **new_kwargs)
+                else:
+                    continue
+                if spec.name in new_kwargs or i >= len(new_args):
+                    new_kwargs[spec.name] = changed
+                else:
+                    new_args[i] = changed
+        value = None
+        if is_tensor(node):
+            value = value_of(node) if shape is None else self._scaled(value_of(node), shape)
+            self._check_operands(node, swapped, value)
+        return self._emit(node, node.target, *new_args, value=value, **new_kwargs)
+
+    def _scaled(self, old: torch.Tensor, shape: NewShape) -> Any:
+        """The fake value of a tensor like ``old`` with fewer heads."""
+        sizes = [s if a == b else s * b // a for s, a, b in zip(old.shape, shape.old, shape.new, strict=True)]
+        order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
+        return self.parameters.fakes.run(
+            torch.empty_permuted, (sizes, order), {"dtype": old.dtype, "device": old.device}
+        )
+
+    @staticmethod
+    def _check_operands(node: fx.Node, swapped: Mapping[fx.Node, fx.Node], value: Any) -> None:
+        """Raise Refused when the new operands of an aligned op do not fit each other or the new result."""
+        description = step(node)
+        if not isinstance(description, Aligned):
+            return
+        out = [int(hint(s)) for s in value.shape]
+        inner: dict[int, int] = {}
+        for operand in description.operands:
+            new = value_of(swapped.get(operand.node, operand.node))
+            for size, dim in zip((int(hint(s)) for s in new.shape), operand.dims, strict=True):
+                if dim is not None and (
+                    (dim >= 0 and size not in (1, out[dim]))
+                    or (dim < 0 and description.contraction and inner.setdefault(dim, size) != size)
+                ):
+                    raise Refused(f"{node.target} does not take the smaller shapes", node)
 
     def _resizer(self, node: fx.Node) -> Resizer:
         return Resizer(
@@ -403,9 +434,13 @@ class _Builder:
         span = next(iter(spans))
         if len(span) == 1:
             return None
-        if node not in self.fused:
-            self.fused[node] = self._copy(node, lambda a: self.parameters.whole(a) if a in inputs else a)
         dim = 1 if op_name(node).startswith("conv") else len(shape_of(node)) - 1
+        if node not in self.fused:
+            width = self.parameters.cuts[inputs[0]].new_size
+            old = shape_of(node)
+            sizes = tuple(width if i == dim else n for i, n in enumerate(old))
+            whole = NewShape(old, sizes, None)
+            self.fused[node] = self._copy(node, lambda a: self.parameters.whole(a) if a in inputs else a, whole)
         start, length = span[next(iter(segments))]
         return self._emit(node, torch.ops.aten.slice.Tensor, self.fused[node], dim, start, start + length)
 
@@ -447,16 +482,7 @@ class _Builder:
         if isinstance(mask, fx.Node):
             set_argument(new, "attn_mask", self._reach(CORE, mask))
         new.meta = {k: v for k, v in node.meta.items() if not k.startswith("sqa_")}
-        old = value_of(node)
-        shape = list(old.shape)
-        labels = self.site.labels[CORE, node]
-        sizes = self._shape(CORE, node)
-        for dim in varying(labels):
-            shape[dim] = shape[dim] * sizes.new[dim] // sizes.old[dim]
-        layout = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
-        new.meta["val"] = self.parameters.fakes.run(
-            torch.empty_permuted, (shape, layout), {"dtype": old.dtype, "device": old.device}
-        )
+        new.meta["val"] = self._scaled(value_of(node), self._shape(CORE, node))
         return new
 
     def _contraction_core(self, node: fx.Node) -> fx.Node:
@@ -476,7 +502,7 @@ class _Builder:
         mapping = {operand: part for (_, operand), part in zip(pairs, new, strict=True)}
         if pairs[0][1] is pairs[1][1]:
             raise Refused("one tensor is both query and key", node)
-        return self._copy(node, lambda a: mapping[a] if a in mapping else self._reach(CORE, a), None)
+        return self._copy(node, lambda a: mapping[a] if a in mapping else self._reach(CORE, a), self._shape(CORE, node))
 
     def _labelled_dim(self, role: str, node: fx.Node) -> int | None:
         labels = self.site.labels.get((role, node))

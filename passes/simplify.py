@@ -51,6 +51,8 @@ class _Chain:
     score: fx.Node
     scale: float = 1.0
     mask: fx.Node | None = None
+    hidden: fx.Node | None = None
+    """A boolean mask that is True where a score is hidden (the other way round than SDPA's)."""
     dropout: float = 0.0
 
 
@@ -78,6 +80,9 @@ def _fuse(value: fx.Node, fakes: FakeResults) -> fx.Node | None:
         return None
     graph = value.graph
     with graph.inserting_before(value):
+        if chain.hidden is not None:
+            chain.mask = graph.call_function(torch.ops.aten.logical_not.default, (chain.hidden,))
+            chain.mask.meta["val"] = fakes.run(torch.logical_not, (value_of(chain.hidden),), {})
         key = graph.call_function(torch.ops.aten.transpose.int, (k, -2, -1))
         key.meta["val"] = fakes.run(torch.transpose, (value_of(k), -2, -1), {})
         new = graph.call_function(SDPA, (q, key, v, chain.mask, chain.dropout, False))
@@ -137,7 +142,12 @@ def _read_chain(probabilities: fx.Node) -> _Chain | None:
             if not math.isfinite(factor) or factor == 0:
                 return None
             chain.scale *= factor if name == "mul" else 1 / factor
-        elif name == "add" and chain.mask is None and chain.scale == 1.0:
+        elif name == "masked_fill" and chain.mask is None and chain.hidden is None and chain.scale == 1.0:
+            hidden = node.args[1]
+            if node.args[2] != -math.inf or not isinstance(hidden, fx.Node):
+                return None
+            chain.hidden = hidden
+        elif name == "add" and chain.mask is None and chain.hidden is None and chain.scale == 1.0:
             mask = node.args[1]
             if not isinstance(mask, fx.Node) or not is_tensor(mask) or argument(node, "alpha", 1) != 1:
                 return None

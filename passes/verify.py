@@ -168,7 +168,10 @@ def _compare(
         state = torch.random.get_rng_state()
         expected = pytree.tree_leaves(left.run(*_fresh(inputs), enable_io_processing=False))
         torch.random.set_rng_state(state)
-        actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
+        try:
+            actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise VerifyError(f"the rewritten graph does not run: {str(error).splitlines()[0]}") from error
     dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
     lowest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0)) if dtypes else torch.float64
     tolerance = TOLERANCE.get(lowest, 1e-10)

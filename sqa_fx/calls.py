@@ -76,8 +76,14 @@ class CallBinder:
                 found[name] = value
         return found
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) for the graph. Raises InputError (what, shapes, the fix) when the call cannot be served."""
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], floating: torch.dtype | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) for the graph. Raises InputError (what, shapes, the fix) when the call cannot be served.
+
+        ``floating`` is the dtype that the module's parameters have now: after ``.double()`` or ``.half()`` its floating
+        inputs change with it.
+        """
         if self.signature is not None:
             args, kwargs = self._rearrange(args, kwargs)
         elif kwargs.keys() == self.kwargs.keys():
@@ -88,7 +94,7 @@ class CallBinder:
                 f"the graph was captured with inputs {self.names}; convert again with example inputs of this form"
             )
         for name, leaf, expected in zip(self.names, leaves, self.expected, strict=True):
-            self._check(name, leaf, expected)
+            self._check(name, leaf, expected, floating)
         return args, kwargs
 
     def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,7 +122,7 @@ class CallBinder:
         return tuple(values[n] for n in positional), {n: values[n] for n in self.kwargs}
 
     @staticmethod
-    def _check(name: str, leaf: Any, expected: Any) -> None:
+    def _check(name: str, leaf: Any, expected: Any, floating: torch.dtype | None) -> None:
         if not isinstance(expected, torch.Tensor):
             if isinstance(expected, int | float | bool | str | None) and leaf != expected:
                 raise InputError(
@@ -125,7 +131,7 @@ class CallBinder:
             return
         if not isinstance(leaf, torch.Tensor):
             raise InputError(f"input {name!r} must be a tensor of shape {_shape(expected)}; got {type(leaf).__name__}")
-        if leaf.dtype != expected.dtype:
+        if leaf.dtype != expected.dtype and not (expected.is_floating_point() and leaf.dtype == floating):
             raise InputError(
                 f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}"
             )

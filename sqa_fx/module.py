@@ -61,7 +61,8 @@ class ConvertedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's outputs. Raises InputError when an input does not fit what the graph was captured for."""
-        args, kwargs = self._binder.bind(args, kwargs)
+        floating = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        args, kwargs = self._binder.bind(args, kwargs, floating)
         return self.graph_module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ConvertedModule:
@@ -147,7 +148,7 @@ def load(directory: str | os.PathLike[str]) -> ConvertedModule:
 
     Raises MissingError when there is nothing, InputError when it is truncated, altered or foreign.
     """
-    from sqa_fx.storage import load_program
+    from sqa_fx.storage import dynamic_shapes_of, load_program
 
     program, extra = load_program(directory)
     if not {"plan", "report", "training", "signature"} <= extra.keys():
@@ -164,7 +165,7 @@ def load(directory: str | os.PathLike[str]) -> ConvertedModule:
         report=Report.from_json(extra["report"]),
         args=tuple(inputs[0]),
         kwargs=inputs[1],
-        dynamic_shapes=None,
+        dynamic_shapes=dynamic_shapes_of(program, list(inspect.signature(module.forward).parameters)),
         training=bool(extra["training"]),
         signature=signature_from_json(extra["signature"]),
     )

@@ -238,6 +238,10 @@ def _parameter(entry: Mapping[str, Any]) -> ParameterPlan:
             raise ValueError(f"parameter {entry['name']}: block {block.role} {block.head} does not match its sources")
     size = _ints(entry["size"])
     filled = sorted(i for b in blocks for i in from_ranges(b.to))
+    named = [i for b in blocks for r in (*b.sources, *b.replaces) for i in from_ranges(r)]
+    named += from_ranges(entry["dropped"])
+    if len(size) == 2 and any(i >= size[0] for i in named):
+        raise ValueError(f"parameter {entry['name']}: its ranges reach beyond its {size[0]} entries")
     if len(size) != 2 or filled != list(range(size[1])):
         raise ValueError(f"parameter {entry['name']}: its blocks do not fill {size[-1]} entries exactly")
     return ParameterPlan(
