@@ -68,6 +68,17 @@ def size_at(value: Any, sizes: Mapping[Any, int] | None) -> Any:
     return int(found) if isinstance(value, torch.SymInt) else float(found)
 
 
+def size_hints(graph: fx.Graph) -> dict[Any, int]:
+    """The free sizes of a graph's inputs that are plain symbols, with their values at the example inputs."""
+    found: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(value_of(node), Tensor):
+            for size in value_of(node).shape:
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                    found[size.node.expr] = int(hint(size))
+    return found
+
+
 def size_symbols(graph: fx.Graph) -> list[Any]:
     """The free size symbols of a graph's inputs."""
     symbols: dict[Any, None] = {}

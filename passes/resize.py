@@ -104,13 +104,17 @@ class Resizer:
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """A contiguous part of the source along one dimension: an element of a split, a slice, a selected entry."""
         dim = int(concrete(argument(maker, "dim", 0))) % len(shape_of(_first(maker)))
-        changed = source is not None and (source.kept is None or dim in source.kept)
+        changed = source is not None and (
+            dim in source.kept if source.kept is not None else source.old[dim] != source.new[dim]
+        )
         if not changed:
             if maker is node:
                 return maker.target, tuple(args), kwargs
             whole = self.emit(maker.target, *args, **kwargs)
             return operator.getitem, (whole, node.args[1]), {}
         assert source is not None
+        if not isinstance(value_of(_first(maker)).shape[dim], int):
+            raise Refused(f"{name} cuts heads that are folded with a dimension of free size", node)
         if source.kept is None:
             # In a grid of heads only the entries of this role are left: a part that holds them all is the whole.
             if name in ("select", "unbind") or source.new[dim] != out.new[dim]:
@@ -141,14 +145,15 @@ class Resizer:
         return sum(int(hint(p.shape[dim])) for p in pieces[:chosen]), 1
 
     def _repeats(self, maker: fx.Node, repeats: Sequence[Any], out: NewShape, source: NewShape | None) -> list[Any]:
-        before = source.new if source is not None else shape_of(_first(maker))
-        lead = len(repeats) - len(before)
+        shape = shape_of(_first(maker))
+        old, new = (source.old, source.new) if source is not None else (shape, shape)
+        lead = len(repeats) - len(shape)
         result = []
         for i, given in enumerate(repeats):
-            if out.old[i] == out.new[i] and (i < lead or source is None or source.old[i - lead] == before[i - lead]):
-                result.append(given)
-            else:
-                result.append(out.new[i] // (before[i - lead] if i >= lead else 1))
+            ratio = Fraction(out.new[i], out.old[i])
+            if i >= lead:
+                ratio /= Fraction(new[i - lead], old[i - lead])
+            result.append(self.scaled(given, ratio.denominator, ratio.numerator))
         return result
 
     def _index(self, maker: fx.Node, name: str, args: list[Any], out: NewShape, source: NewShape) -> None:
@@ -165,6 +170,8 @@ class Resizer:
             holder, position = args[1], dims[0]
         if source.kept is not None and not any(d in source.kept for d in dims):
             return
+        if not isinstance(value_of(_first(maker)).shape[dims[0]], int):
+            raise Refused("an index runs over heads that are folded with a dimension of free size", maker)
         index = self.index_value(holder[position])
         if source.kept is None or out.kept is None or len(dims) > 1 or index is None or index.dim() != 1:
             raise Refused("heads are gathered by an index that is not a fixed list", maker)

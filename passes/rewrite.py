@@ -413,10 +413,24 @@ class _Builder:
         """Take the kept heads of a tensor that labels cannot cross."""
         labels = self.site.labels[role, node]
         dim = varying(labels)[0]
-        index = self.layout.kept_entries(labels.reshape(-1), role)
+        line = labels.reshape(-1)
         following = node.next
-        constant = self.parameters.constant(torch.tensor(index))
-        return self._emit(following, torch.ops.aten.index_select.default, node, dim, constant)
+        if isinstance(value_of(node).shape[dim], int):
+            index = self.parameters.constant(torch.tensor(self.layout.kept_entries(line, role)))
+            return self._emit(following, torch.ops.aten.index_select.default, node, dim, index)
+        # Heads folded with a dimension of free size: take them out, select, and fold again.
+        run = _run_length(line)
+        period = line[::run][: self.site.heads]
+        if run > 1 and line.numel() != run * len(period):
+            raise Refused("heads are interleaved with dimensions of free size", node)
+        if not bool((line.reshape(-1, len(period), run) == period[:, None]).all()):
+            raise Refused("heads are not regular along a dimension of free size", node)
+        sizes = [-1, len(period)] if run == 1 else [len(period), -1]
+        inner = dim + (run == 1)
+        index = self.parameters.constant(torch.tensor(self.layout.kept_entries(period, role)))
+        wide = self._emit(following, torch.ops.aten.unflatten.int, node, dim, sizes)
+        taken = self._emit(following, torch.ops.aten.index_select.default, wide, inner, index)
+        return self._emit(following, torch.ops.aten.flatten.using_ints, taken, dim, dim + 1)
 
     def _fused_projection(self, role: str, node: fx.Node) -> fx.Node | None:
         """One contraction for all roles of a fused projection (qkv), of which each role takes its part."""

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from sqa_fx.passes.evaluate import constant_tensor, size_at, size_symbols
-from sqa_fx.passes.graph import drop_dead_code, fake_mode_of
+from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.passes.propagate import FakeResults
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _MATMUL = {"matmul", "bmm"}
+# A mask of this many rows and columns still takes little memory and time.
+_LARGEST_TRIAL = 4500
 _CASTS = {"_to_copy", "to", "type_as", "clone", "contiguous", "detach", "alias"}
 
 
@@ -173,19 +176,49 @@ def _causal(module: fx.GraphModule, node: fx.Node) -> None:
     if not isinstance(mask, fx.Node):
         return
     rows, columns = value_of(argument(node, "query")).shape[-2], value_of(argument(node, "key")).shape[-2]
-    symbols = size_symbols(module.graph)
-    trials: list[dict[Any, int] | None] = [None]
-    for base in (3, 8):
-        trials.append({symbol: base + 2 * i for i, symbol in enumerate(symbols)})
-    if not isinstance(rows, torch.SymInt) and not isinstance(columns, torch.SymInt):
-        trials = trials[:1]
+    trials = _trial_sizes(module, mask, rows)
     for sizes in trials:
         n, m = size_at(rows, sizes), size_at(columns, sizes)
         held = constant_tensor(mask, module, sizes)
         if n != m or held is None or not _is_causal(held, n):
             return
-    set_argument(node, "attn_mask", None)
-    set_argument(node, "is_causal", True)
+    if trials:
+        set_argument(node, "attn_mask", None)
+        set_argument(node, "is_causal", True)
+
+
+def _trial_sizes(module: fx.GraphModule, mask: fx.Node, rows: Any) -> list[dict[Any, int] | None]:
+    """Sizes at which a mask has to be causal to be causal at all: the example's, two small ones, and one beyond every
+    number and every stored tensor that the mask is made from, where a window or a table would show. None when the sizes
+    would be too large to try."""
+    if isinstance(rows, int):
+        return [None]
+    largest = 8
+    stack, seen = [mask], {mask}
+    while stack:
+        current = stack.pop()
+        numbers: list[int] = []
+        fx.node.map_aggregate(
+            (current.args, dict(current.kwargs)), lambda a: numbers.append(a) if _is_size(a) else None
+        )
+        if current.op == "get_attr":
+            numbers.extend(value_of(current).shape)
+            held = attribute(module, current.target)
+            if held.numel() == 1 and not held.is_floating_point():
+                numbers.append(abs(int(held)))
+        largest = max([largest, *numbers])
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    if largest > _LARGEST_TRIAL:
+        return []
+    symbols = size_symbols(module.graph)
+    own = rows.node.expr.free_symbols
+    trials: list[dict[Any, int] | None] = [None]
+    for base in (3, 8, largest + 3):
+        trials.append({symbol: base if symbol in own else 2 + i % 3 for i, symbol in enumerate(symbols)})
+    return trials
 
 
 def _is_causal(mask: Tensor, length: int) -> bool:

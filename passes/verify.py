@@ -8,7 +8,7 @@ merged head got. No rewriting code is involved, so agreement validates the rewri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from sqa_fx.errors import VerifyError
+from sqa_fx.passes.evaluate import size_at, size_hints
 from sqa_fx.passes.graph import attribute
+from sqa_fx.passes.hints import value_of
 from sqa_fx.passes.parameters import mean
 from sqa_fx.plan import Plan, from_ranges
 
@@ -48,6 +50,8 @@ class Proof:
     tolerance: float
     error: float
     sites: tuple[SiteProof, ...] = ()
+    shapes: int = 1
+    """At how many sets of input sizes the graphs were compared."""
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +60,7 @@ class Proof:
             "precision": self.precision,
             "tolerance": self.tolerance,
             "error": self.error,
+            "shapes": self.shapes,
             "sites": [{"name": s.name, "error": s.error, "silent": s.silent} for s in self.sites],
             "notes": list(self.notes),
         }
@@ -144,12 +149,61 @@ def verify(
     notes: list[str] = []
     if precision == "float64":
         try:
-            return _compare(original, rewritten, weights, outputs, carried, inputs, True, notes)
+            proof = _compare(original, rewritten, weights, outputs, carried, inputs, True, notes)
+            return _prove_other_sizes(proof, original, rewritten, weights, outputs, carried, inputs)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             notes.append(
                 f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used"
             )
     return _compare(original, rewritten, weights, outputs, carried, inputs, False, notes)
+
+
+def _prove_other_sizes(
+    proof: Proof,
+    original: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    outputs: Mapping[str, tuple[str, str]],
+    carried: Mapping[int, tuple[int, list[int]]],
+    inputs: Sequence[Any],
+) -> Proof:
+    """Prove again with every free size one larger (or smaller), so that nothing can hang on the example sizes."""
+    for step in (1, -1):
+        other = _other_inputs(original.graph, inputs, step)
+        if other is None:
+            continue
+        try:
+            with torch.no_grad():
+                _Run(original, weights, True, set()).run(*_fresh(other), enable_io_processing=False)
+        except (RuntimeError, TypeError, IndexError, ValueError, ZeroDivisionError):
+            continue
+        second = _compare(original, rewritten, weights, outputs, carried, other, True, [])
+        worse = tuple(
+            SiteProof(a.name, max(a.error, b.error), a.silent) for a, b in zip(proof.sites, second.sites, strict=True)
+        )
+        return replace(proof, error=max(proof.error, second.error), sites=worse, shapes=2)
+    return proof
+
+
+def _other_inputs(graph: fx.Graph, inputs: Sequence[Any], step: int) -> list[Any] | None:
+    """The inputs with every free size changed by ``step``, rows repeated for more; None when no size is free."""
+    sizes = {symbol: size + step for symbol, size in size_hints(graph).items()}
+    if not sizes or any(size < 2 for size in sizes.values()):
+        return None
+    result = []
+    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    for holder, given in zip(holders, inputs, strict=True):
+        value = value_of(holder)
+        if isinstance(given, Tensor) and isinstance(value, Tensor):
+            for dim, size in enumerate(value.shape):
+                if type(size) is not int:
+                    wanted = size_at(size, sizes)
+                    if wanted <= 0 or given.shape[dim] == 0:
+                        return None
+                    rows = torch.arange(wanted, device=given.device) % given.shape[dim]
+                    given = given.index_select(dim, rows)
+        result.append(given)
+    return result
 
 
 def _compare(
@@ -206,7 +260,7 @@ def _compare(
             f"these sites gave zeros on the example inputs, which proves nothing about them: {', '.join(silent)}"
         )
     return Proof(
-        "float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), tuple(notes)
+        "float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), notes=tuple(notes)
     )
 
 
