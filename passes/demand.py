@@ -265,6 +265,9 @@ class _Follower:
             push(operand.node, back)
 
     def _leaf(self, node: fx.Node, found: Labels, role: str) -> None:
+        if role.startswith("side:"):
+            # A table that is cut or looked up in part belongs to its heads as a whole.
+            found = fill_gaps(found, torch.ones((), dtype=torch.bool))
         axes = varying(found)
         if len(axes) > 1:
             raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node)

@@ -34,7 +34,7 @@ class GraphFacts:
         self.module = module
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
         self.constants = constant_nodes(module.graph)
-        self.carrier = Carrier(module)
+        self.carrier = Carrier(module, self.constants)
 
 
 def find_cores(facts: GraphFacts) -> Found:

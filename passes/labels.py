@@ -142,10 +142,10 @@ class Carrier:
     Layers repeat, so that nearly every question after the first layer is answered from memory.
     """
 
-    def __init__(self, constants: fx.GraphModule | None = None) -> None:
+    def __init__(self, owner: fx.GraphModule, constants: set[fx.Node]) -> None:
         self._maps: dict[Any, Tensor] = {}
         self._answers: dict[Any, Any] = {}
-        self._owner = constants
+        self._owner, self._constants = owner, constants
 
     def _key(self, node: fx.Node) -> Any:
         known = node.meta.get("sqa_key")
@@ -186,7 +186,7 @@ class Carrier:
         return found
 
     def _index_value(self, node: fx.Node) -> Tensor:
-        value = constant_tensor(node, self._owner) if self._owner is not None else None
+        value = constant_tensor(node, self._owner)
         if value is not None:
             return value
         # Unknown at this point: any index gives the same labels unless heads lie along the indexed dimension.
@@ -240,10 +240,11 @@ class Carrier:
             self._answers[key] = answer
         return dict(zip(sources, answer, strict=True))
 
-    @staticmethod
-    def _whole_index(node: fx.Node, labels: Labels, moved: Labels) -> Labels:
+    def _whole_index(self, node: fx.Node, labels: Labels, moved: Labels) -> Labels:
         """A table looked up by an index belongs to its heads as a whole, not only in the rows that were looked up."""
         maker = moved_from(node)
+        if maker.args[0] not in self._constants:
+            return moved
         if op_name(maker) == "index_select":
             first, width = int(concrete(maker.args[1])) % moved.dim(), 1
             dims = [first]

@@ -317,7 +317,7 @@ class _Builder:
 
     def _emit(self, before: fx.Node, target: Any, *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
         """A new node before ``before``, with its fake value (found by running the op on fake inputs unless given)."""
-        if target is torch.ops.aten.slice.Tensor and args[2] == 0 and args[3] == value_of(args[0]).shape[args[1]]:
+        if self._does_nothing(target, args):
             return args[0]  # type: ignore[no-any-return]
         with self.graph.inserting_before(before):
             new = self.graph.call_function(target, args, kwargs)
@@ -332,6 +332,21 @@ class _Builder:
             self.graph.erase_node(new)
             raise Refused(f"{target} does not take the smaller shapes: {str(error).splitlines()[0]}", before) from error
         return new
+
+    @staticmethod
+    def _does_nothing(target: Any, args: tuple[Any, ...]) -> bool:
+        """True for a slice of everything, and for a repeat that has become a repeat of one."""
+        aten = torch.ops.aten
+        if target is aten.slice.Tensor and len(args) == 4:
+            return bool(args[2] == 0 and args[3] == value_of(args[0]).shape[args[1]])
+        if target is aten.expand.default:
+            sizes = value_of(args[0]).shape
+            wanted = [value_of(s) if isinstance(s, fx.Node) else s for s in args[1]]
+            return len(sizes) == len(wanted) and all(
+                (type(w) is int and w == -1) or (type(w) is type(s) and w == s)
+                for s, w in zip(sizes, wanted, strict=True)
+            )
+        return target is aten.repeat_interleave.self_int and args[1] == 1
 
     def _copy(self, node: fx.Node, swap: Any, shape: NewShape | None = None) -> fx.Node:
         """``node`` again on new inputs, with sizes and groups that follow ``shape`` (None: its shape stays)."""

@@ -180,6 +180,8 @@ def _causal(module: fx.GraphModule, node: fx.Node) -> None:
     for sizes in trials:
         n, m = size_at(rows, sizes), size_at(columns, sizes)
         held = constant_tensor(mask, module, sizes)
+        if n == m and held is not None and held.dim() >= 2 and 1 < max(held.shape[-2:]) < n:
+            continue  # a stored mask that is too small here: the original cannot run at this size either
         if n != m or held is None or not _is_causal(held, n):
             return
     if trials:
@@ -197,10 +199,9 @@ def _trial_sizes(module: fx.GraphModule, mask: fx.Node, rows: Any) -> list[dict[
     stack, seen = [mask], {mask}
     while stack:
         current = stack.pop()
-        numbers: list[int] = []
-        fx.node.map_aggregate(
-            (current.args, dict(current.kwargs)), lambda a: numbers.append(a) if _is_size(a) else None
-        )
+        leaves = pytree.tree_leaves((current.args, dict(current.kwargs)))
+        # Slices to the end carry the largest int64, which bounds nothing.
+        numbers = [leaf for leaf in leaves if type(leaf) is int and 0 < leaf < 2**31]
         if current.op == "get_attr":
             numbers.extend(value_of(current).shape)
             held = attribute(module, current.target)
@@ -216,7 +217,7 @@ def _trial_sizes(module: fx.GraphModule, mask: fx.Node, rows: Any) -> list[dict[
     symbols = size_symbols(module.graph)
     own = rows.node.expr.free_symbols
     trials: list[dict[Any, int] | None] = [None]
-    for base in (3, 8, largest + 3):
+    for base in (3, 8, largest, largest + 3):
         trials.append({symbol: base if symbol in own else 2 + i % 3 for i, symbol in enumerate(symbols)})
     return trials
 
