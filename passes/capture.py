@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from sqa_fx.errors import CaptureError, InputError
 from sqa_fx.passes.graph import attribute, drop_dead_code
-from sqa_fx.passes.hints import is_tensor, value_of
+from sqa_fx.passes.hints import is_free, is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | Literal["auto"] | None
@@ -71,6 +71,8 @@ def capture(
     except Exception as error:
         raise CaptureError(f"torch.export could not make the graph functional: {_reason(error)}; {_TRY}") from error
     assert isinstance(module, fx.GraphModule)
+    # The module's calls are checked by its wrapper, which says what to do; torch's own check would only forbid.
+    module._forward_pre_hooks.clear()
     _normalise(module)
     dynamic, static = _dynamic_report(module)
     return Captured(module, args, kwargs, spec, training, signature, dynamic, static, notes)
@@ -89,18 +91,23 @@ def _export(
     spec: Any = automatic_shapes(model, args, kwargs) if isinstance(dynamic, str) else dynamic
     state = _state_versions(model)
     first: Exception | None = None
+
+    def fresh() -> tuple[Any, ...]:
+        # Export marks the dynamic dimensions on the tensors themselves: neither the user's nor a retry may see that.
+        return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))  # type: ignore[no-any-return]
+
     try:
         if spec is not None:
             try:
                 with _quiet():
-                    return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False), spec
+                    return torch.export.export(model, *fresh(), dynamic_shapes=spec, strict=False), spec
             except Exception as error:
                 if not isinstance(dynamic, str):
                     raise CaptureError(f"torch.export failed: {_reason(error)}; {_TRY}") from error
                 first = error
         try:
             with _quiet():
-                program = torch.export.export(model, args, kwargs, strict=False)
+                program = torch.export.export(model, *fresh(), strict=False)
         except Exception as error:
             raise CaptureError(f"torch.export failed: {_reason(error)}; {_TRY}") from error
         if first is not None:
@@ -219,7 +226,7 @@ def _dynamic_report(module: fx.GraphModule) -> tuple[tuple[str, ...], tuple[str,
     for node in module.graph.nodes:
         if node.op == "placeholder" and is_tensor(node):
             sizes = [str(s) for s in value_of(node).shape]
-            free = any(isinstance(s, torch.SymInt) for s in value_of(node).shape)
+            free = any(is_free(s) for s in value_of(node).shape)
             (dynamic if free else static).append(f"{node.name}[{', '.join(sizes)}]")
     return tuple(dynamic), tuple(static)
 

@@ -18,6 +18,11 @@ def hint(value: Any) -> Any:
     return value
 
 
+def is_free(size: Any) -> bool:
+    """True for a size that may differ from call to call (a symbol that export has not fixed to a number)."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
 def value_of(node: fx.Node) -> Any:
     """The fake value of ``node`` (a FakeTensor, a number, or a tuple of them), or None."""
     return node.meta.get("val")

@@ -23,6 +23,11 @@ class NewShape:
     old: tuple[int, ...]
     new: tuple[int, ...]
     kept: dict[int, Tensor] | None
+    grid: tuple[int, ...] = ()
+
+    def changes(self, dim: int) -> bool:
+        """True when entries go, or may go, along ``dim``."""
+        return dim in (self.kept if self.kept is not None else self.grid)
 
 
 class Layout:
@@ -110,12 +115,12 @@ class Layout:
                 if self.site.kv_heads < self.site.heads:
                     if inner.numel() == self.site.heads and bool((inner != EMPTY).all() and (kv == kv[:, :1]).all()):
                         sizes[dims[0]], sizes[dims[1]] = self.plan.hkv, self.wide // self.plan.hkv
-                        return NewShape(shape, tuple(sizes), None)
+                        return NewShape(shape, tuple(sizes), None, tuple(dims))
                 else:
                     per_head = self._block_rows(low(grid), empty)
                     if per_head:
                         sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
-                        return NewShape(shape, tuple(sizes), None)
+                        return NewShape(shape, tuple(sizes), None, tuple(dims))
         raise Refused(
             f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node
         )

@@ -104,15 +104,11 @@ class Resizer:
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """A contiguous part of the source along one dimension: an element of a split, a slice, a selected entry."""
         dim = int(concrete(argument(maker, "dim", 0))) % len(shape_of(_first(maker)))
-        changed = source is not None and (
-            dim in source.kept if source.kept is not None else source.old[dim] != source.new[dim]
-        )
-        if not changed:
+        if source is None or not source.changes(dim):
             if maker is node:
                 return maker.target, tuple(args), kwargs
             whole = self.emit(maker.target, *args, **kwargs)
             return operator.getitem, (whole, node.args[1]), {}
-        assert source is not None
         if not isinstance(value_of(_first(maker)).shape[dim], int):
             raise Refused(f"{name} cuts heads that are folded with a dimension of free size", node)
         if source.kept is None:
@@ -168,7 +164,7 @@ class Resizer:
             args[1] = list(args[1])
             dims = [i for i, n in enumerate(args[1]) if n is not None]
             holder, position = args[1], dims[0]
-        if source.kept is not None and not any(d in source.kept for d in dims):
+        if not any(source.changes(d) for d in dims):
             return
         if not isinstance(value_of(_first(maker)).shape[dims[0]], int):
             raise Refused("an index runs over heads that are folded with a dimension of free size", maker)

@@ -79,7 +79,8 @@ def _fuse(value: fx.Node, fakes: FakeResults) -> fx.Node | None:
     dtype = types.pop()
     if value_of(value).dtype != dtype:
         return None
-    if chain.mask is not None and value_of(chain.mask).dtype not in (dtype, torch.bool):
+    masks = [m for m in (chain.mask, chain.hidden) if m is not None]
+    if any(value_of(m).dtype not in (dtype, torch.bool) or value_of(m).dim() < 2 for m in masks):
         return None
     graph = value.graph
     with graph.inserting_before(value):

@@ -6,7 +6,6 @@ from sqa_fx.export import export
 from sqa_fx.module import ConvertedModule, load
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
-
-__version__ = "0.1.0"
+from sqa_fx.version import __version__
 
 __all__ = ["ConvertedModule", "Plan", "Report", "SqaError", "__version__", "convert", "export", "inspect", "load"]

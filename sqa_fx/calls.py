@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from sqa_fx.errors import InputError
-from sqa_fx.passes.hints import value_of
+from sqa_fx.passes.hints import is_free, value_of
 
 
 def signature_to_json(signature: inspect.Signature | None) -> list[dict[str, Any]] | None:
@@ -136,8 +136,7 @@ class CallBinder:
                 f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}"
             )
         fits = leaf.dim() == expected.dim() and all(
-            not isinstance(wanted, int) or size == wanted
-            for size, wanted in zip(leaf.shape, expected.shape, strict=True)
+            is_free(wanted) or size == wanted for size, wanted in zip(leaf.shape, expected.shape, strict=True)
         )
         if not fits:
             raise InputError(

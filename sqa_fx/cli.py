@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from sqa_fx import cli_compare, cli_convert
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.inputs import SPEC_GRAMMAR
 from sqa_fx.models import FORMS
+from sqa_fx.version import __version__
 
 _EPILOG = f"""
 {FORMS}
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"sqa-fx {importlib.metadata.version('sqa-fx')}")
+    parser.add_argument("--version", action="version", version=f"sqa-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser(

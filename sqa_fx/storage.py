@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
+import inspect
 import json
 import os
 import shutil
@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 
 from sqa_fx.errors import InputError
 from sqa_fx.program_json import check_program_json, check_targets
+from sqa_fx.version import __version__
 
 FORMAT = "sqa-fx-program"
 FORMAT_VERSION = 1
@@ -70,7 +71,7 @@ def save_program(
         body: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "sqa_fx": importlib.metadata.version("sqa-fx"),
+            "sqa_fx": __version__,
             "torch": torch.__version__,
             "examples": leaves,
             "extra": json.loads(json.dumps(dict(extra), allow_nan=False)),
@@ -194,9 +195,10 @@ def _program_json(ep: torch.export.ExportedProgram) -> bytes:
     from torch._export.serde import serialize
 
     try:
-        program = serialize.ExportedProgramSerializer().serialize(
-            ep, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
-        )
+        # Older releases write the tensors too (as pickles, in memory); only the graph is taken from the result.
+        write: Any = serialize.ExportedProgramSerializer().serialize
+        parts = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
+        program = write(ep, **{part: False for part in parts if part in inspect.signature(write).parameters})
         parsed = dataclasses.replace(program.exported_program, guards_code=[])
         data: bytes = serialize._to_json_bytes(parsed)
     except (SerializeError, NotImplementedError, TypeError, AssertionError) as error:
