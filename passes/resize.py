@@ -69,6 +69,7 @@ class Resizer:
             dim = _dim(maker, out)
             before = source.new[dim] if source is not None else shape_of(_first(maker))[dim]
             args[1] = out.new[dim] // before
+            kwargs.pop("output_size", None)
         elif name == "unflatten":
             dim = int(concrete(argument(maker, "dim"))) % len(shape_of(_first(maker)))
             args[2] = self.sizes(args[2], out, dim)
