@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sqa_fx
+from sqa_fx import ConvertedModule
+
 BATCH, LENGTH = 2, 7
 OTHER_BATCH, OTHER_LENGTH = 3, 11
 VOCABULARY = 37
@@ -102,9 +105,13 @@ def _image(batch: int, length: int) -> Inputs:
 
 
 _LLAMA = {
-    "vocab_size": VOCABULARY, "hidden_size": 80, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 80,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 _GPT2 = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 72, "n_layer": 2, "n_head": 12}
 _FALCON = {"vocab_size": VOCABULARY, "hidden_size": 80, "num_hidden_layers": 2, "num_attention_heads": 8, "bias": True}
 
@@ -205,7 +212,9 @@ def _timm(impl: str) -> nn.Module:
 
     set_fused_attn(impl == "sdpa")
     try:
-        model = VisionTransformer(img_size=24, patch_size=8, embed_dim=72, depth=2, num_heads=12, num_classes=13, qk_norm=True)
+        model = VisionTransformer(
+            img_size=24, patch_size=8, embed_dim=72, depth=2, num_heads=12, num_classes=13, qk_norm=True
+        )
     finally:
         set_fused_attn(True)
     return perturb(model.eval())
@@ -217,9 +226,15 @@ def _dit(impl: str) -> nn.Module:
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     model = DiTTransformer2DModel(
-        num_attention_heads=8, attention_head_dim=6, in_channels=3, num_layers=2, sample_size=6, patch_size=2,
-        num_embeds_ada_norm=17, norm_num_groups=1,
-    )  # fmt: skip
+        num_attention_heads=8,
+        attention_head_dim=6,
+        in_channels=3,
+        num_layers=2,
+        sample_size=6,
+        patch_size=2,
+        num_embeds_ada_norm=17,
+        norm_num_groups=1,
+    )
     for module in model.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor2_0() if impl == "sdpa" else AttnProcessor())
@@ -255,32 +270,108 @@ CASES: Mapping[str, Case] = {
         _hf("LlamaForCausalLM", "LlamaConfig", **_LLAMA, num_key_value_heads=4), _ids_without_cache, 2, grouped=True
     ),
     "bert": Case(
-        _hf("BertModel", "BertConfig", vocab_size=VOCABULARY, hidden_size=72, num_hidden_layers=2, num_attention_heads=12,
-            intermediate_size=52, max_position_embeddings=32), _padded, 2),
+        _hf(
+            "BertModel",
+            "BertConfig",
+            vocab_size=VOCABULARY,
+            hidden_size=72,
+            num_hidden_layers=2,
+            num_attention_heads=12,
+            intermediate_size=52,
+            max_position_embeddings=32,
+        ),
+        _padded,
+        2,
+    ),
     "t5": Case(
-        _hf("T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=44, d_kv=6, d_ff=52, num_layers=2,
-            num_heads=8, relative_attention_num_buckets=8, relative_attention_max_distance=9), _sequence_pair, 6),
+        _hf(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=VOCABULARY,
+            d_model=44,
+            d_kv=6,
+            d_ff=52,
+            num_layers=1,
+            num_decoder_layers=2,
+            num_heads=8,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=9,
+        ),
+        _sequence_pair,
+        5,
+    ),
     "vit": Case(
-        _hf("ViTModel", "ViTConfig", hidden_size=72, num_hidden_layers=2, num_attention_heads=12, intermediate_size=52,
-            image_size=24, patch_size=8), _image, 2, free_length=False),
+        _hf(
+            "ViTModel",
+            "ViTConfig",
+            hidden_size=72,
+            num_hidden_layers=2,
+            num_attention_heads=12,
+            intermediate_size=52,
+            image_size=24,
+            patch_size=8,
+        ),
+        _image,
+        2,
+        free_length=False,
+    ),
     "whisper": Case(
-        _hf("WhisperForConditionalGeneration", "WhisperConfig", vocab_size=VOCABULARY, num_mel_bins=10, d_model=48,
-            encoder_layers=2, decoder_layers=2, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=52,
-            decoder_ffn_dim=52, max_source_positions=13, max_target_positions=32, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[]), _speech, 6),
+        _hf(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            vocab_size=VOCABULARY,
+            num_mel_bins=10,
+            d_model=48,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=8,
+            decoder_attention_heads=8,
+            encoder_ffn_dim=52,
+            decoder_ffn_dim=52,
+            max_source_positions=13,
+            max_target_positions=32,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=[],
+            begin_suppress_tokens=[],
+        ),
+        _speech,
+        5,
+    ),
     "falcon_mha": Case(_hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False), _ids_without_cache, 2),
     "falcon_gqa": Case(
-        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, new_decoder_architecture=True, num_kv_heads=4), _ids_without_cache,
-        2, grouped=True),
+        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, new_decoder_architecture=True, num_kv_heads=4),
+        _ids_without_cache,
+        2,
+        grouped=True,
+    ),
     "falcon_alibi": Case(
-        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False, alibi=True), _ids_without_cache, 2),
+        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False, alibi=True), _ids_without_cache, 2
+    ),
     "bloom": Case(
         _hf("BloomForCausalLM", "BloomConfig", vocab_size=VOCABULARY, hidden_size=80, n_layer=2, n_head=8),
-        _ids_without_cache, 2, impls=("eager",)),
+        _ids_without_cache,
+        2,
+        impls=("eager",),
+    ),
     "swin": Case(
-        _hf("SwinModel", "SwinConfig", image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[4, 8],
-            window_size=4, num_channels=3), lambda batch, length: {"pixel_values": noise(batch, 3, 32, 32)}, 4,
-        free_length=False),
+        _hf(
+            "SwinModel",
+            "SwinConfig",
+            image_size=32,
+            patch_size=4,
+            embed_dim=24,
+            depths=[2, 2],
+            num_heads=[4, 8],
+            window_size=4,
+            num_channels=3,
+        ),
+        lambda batch, length: {"pixel_values": noise(batch, 3, 32, 32)},
+        4,
+        free_length=False,
+    ),
     "timm_vit": Case(_timm, lambda batch, length: {"x": noise(batch, 3, 24, 24)}, 2, free_length=False),
     "torch_encoder": Case(_encoder, _floats(("src", 80)), 2, impls=("eval", "train")),
     "torch_attention": Case(_self_attention, _attention_inputs, 1, impls=("eval",)),
@@ -288,9 +379,16 @@ CASES: Mapping[str, Case] = {
     "nano": Case(_nano, _ids, 2),
     "einsum": Case(_einsum, _ids, 2, impls=("eager",)),
     "dit": Case(_dit, _dit_inputs, 2, free_length=False),
-}  # fmt: skip
+}
 
 RUNS = [(name, impl) for name, case in CASES.items() for impl in case.impls]
+
+
+def converted(model: nn.Module | torch.export.ExportedProgram, **request: Any) -> ConvertedModule:
+    """``sqa_fx.convert`` with example inputs, which converts at once."""
+    result = sqa_fx.convert(model, **request)
+    assert isinstance(result, ConvertedModule)
+    return result
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Checks that share no code with the rewrite: weights sliced by hand in an SQA module written by hand, and numbers by hand."""
+"""Checks that share no code with the rewrite: weights sliced by hand in a hand-written SQA module, numbers on paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, HEAD_DIM, BATCH, LENGTH = 14, 5, 2, 7
 
 
 class Original(nn.Module):
-    """Attention in one of several weight layouts; ``split`` turns the fused projection into q, k, v [batch, heads, seq, d]."""
+    """Attention in one of several weight layouts; ``split`` makes q, k, v [batch, heads, seq, d]."""
 
     def __init__(self, rows: int, heads: int, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
         super().__init__()
@@ -83,17 +83,32 @@ class Layout:
 
 _D = HEAD_DIM
 LAYOUTS = {
-    "3hd": Layout(_split_3hd, 18 * _D, 6, lambda h: _block(h * _D), lambda h: _block((6 + h) * _D), lambda h: _block((12 + h) * _D)),
+    "3hd": Layout(
+        _split_3hd,
+        18 * _D,
+        6,
+        lambda h: _block(h * _D),
+        lambda h: _block((6 + h) * _D),
+        lambda h: _block((12 + h) * _D),
+    ),
     "h3d": Layout(
         _split_h3d, 18 * _D, 6, lambda h: _block(h * 15), lambda h: _block(h * 15 + 5), lambda h: _block(h * 15 + 10)
     ),
     "d3h": Layout(
-        _split_d3h, 18 * _D, 6, lambda h: [18 * c + h for c in range(5)], lambda h: [18 * c + 6 + h for c in range(5)],
-        lambda h: [18 * c + 12 + h for c in range(5)]),
-    "gqa": Layout(_split_gqa, 16 * _D, 8, lambda h: _block(h * _D), lambda h: _block(40 + h * _D), lambda h: _block(60 + h * _D)),
+        _split_d3h,
+        18 * _D,
+        6,
+        lambda h: [18 * c + h for c in range(5)],
+        lambda h: [18 * c + 6 + h for c in range(5)],
+        lambda h: [18 * c + 12 + h for c in range(5)],
+    ),
+    "gqa": Layout(
+        _split_gqa, 16 * _D, 8, lambda h: _block(h * _D), lambda h: _block(40 + h * _D), lambda h: _block(60 + h * _D)
+    ),
     "tiled": Layout(
-        _split_tiled, 16 * _D, 8, lambda h: _block(h * _D), lambda h: _block(40 + h * _D), lambda h: _block(60 + h * _D)),
-}  # fmt: skip
+        _split_tiled, 16 * _D, 8, lambda h: _block(h * _D), lambda h: _block(40 + h * _D), lambda h: _block(60 + h * _D)
+    ),
+}
 
 # (kept heads, their order in the result, KV heads merged into each new one): every row worked out by hand.
 MHA = [
@@ -144,7 +159,8 @@ class HandSQA(nn.Module):
         wide = max(self.hq, self.hkv)
         q = self.q(x).view(b, t, self.hq, -1).transpose(1, 2).repeat_interleave(wide // self.hq, dim=1)
         k, v = (
-            f(x).view(b, t, self.hkv, -1).transpose(1, 2).repeat_interleave(wide // self.hkv, dim=1) for f in (self.k, self.v)
+            f(x).view(b, t, self.hkv, -1).transpose(1, 2).repeat_interleave(wide // self.hkv, dim=1)
+            for f in (self.k, self.v)
         )
         scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
         mixed = torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), v)
@@ -152,7 +168,9 @@ class HandSQA(nn.Module):
         return out
 
 
-def _hand(model: Original, layout: Layout, order: list[int], q_groups: list[list[int]], kv_groups: list[list[int]]) -> HandSQA:
+def _hand(
+    model: Original, layout: Layout, order: list[int], q_groups: list[list[int]], kv_groups: list[list[int]]
+) -> HandSQA:
     """Slice by hand. Weight and bias travel together as columns [weight | bias]."""
     fused = torch.cat([model.qkv.weight, model.qkv.bias[:, None]], dim=1).detach()
     q = torch.cat([torch.stack([fused[layout.q(h)] for h in group]).mean(0) for group in q_groups])
@@ -171,7 +189,8 @@ def _model(name: str) -> tuple[Original, Tensor]:
 
 @pytest.mark.parametrize(("name", "kept", "order", "groups"), ROWS)
 def test_equals_hand_sliced_weights(name: str, kept: list[int], order: list[int], groups: list[list[int]]) -> None:
-    """The converted model computes what the hand-sliced module does, and its plan alone is enough to redo the slicing."""
+    """The converted model computes what the hand-sliced module does, and its plan alone is enough to redo the
+    slicing."""
     model, x = _model(name)
     converted = sqa_fx.convert(model, hq=len(kept), hkv=len(groups), heads={"*": kept}, args=(x,))
     site = converted.plan.sites[0]
@@ -226,8 +245,7 @@ class TwoHeads(nn.Module):
         b, t, _ = x.shape
         q, k, v = (getattr(self, n)(x).view(b, t, 2, 1).transpose(1, 2) for n in "qkv")
         y = nn.functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.o(y.transpose(1, 2).reshape(b, t, 2))
-        return out
+        return self.get_submodule("o")(y.transpose(1, 2).reshape(b, t, 2))  # type: ignore[no-any-return]
 
 
 def test_one_of_two_heads_by_hand() -> None:

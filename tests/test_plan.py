@@ -16,22 +16,41 @@ from sqa_fx.request import VARIANTS, check_patterns, resolve
 PLAN = Plan(
     sites=(
         SitePlan(
-            name="layers.0.attention", heads=6, kv_heads=6, hq=2, hkv=1, head_dim=5, query_heads=(1, 4),
-            query_groups=((1,), (4,)), kv_groups=((1, 4),), heads_by="explicit", kv_merge="mean",
+            name="layers.0.attention",
+            heads=6,
+            kv_heads=6,
+            hq=2,
+            hkv=1,
+            head_dim=5,
+            query_heads=(1, 4),
+            query_groups=((1,), (4,)),
+            kv_groups=((1, 4),),
+            heads_by="explicit",
+            kv_merge="mean",
         ),
     ),
     parameters=(
         ParameterPlan(
-            "layers.0.attention.k.weight", 0, (30, 5), ("layers.0.attention",),
-            (HeadBlock("k", 0, ("0:5",), (("5:10",), ("20:25",)), (("5:10",), ("20:25",))),), ("0:5", "10:20", "25:30"),
+            "layers.0.attention.k.weight",
+            0,
+            (30, 5),
+            ("layers.0.attention",),
+            (HeadBlock("k", 0, ("0:5",), (("5:10",), ("20:25",)), (("5:10",), ("20:25",))),),
+            ("0:5", "10:20", "25:30"),
         ),
         ParameterPlan(
-            "layers.0.attention.o.weight", 1, (30, 10), ("layers.0.attention",),
-            (HeadBlock("o", 0, ("0:5",), (("5:10",),), (("5:10",),)), HeadBlock("o", 1, ("5:10",), (("20:25",),), (("20:25",),))),
+            "layers.0.attention.o.weight",
+            1,
+            (30, 10),
+            ("layers.0.attention",),
+            (
+                HeadBlock("o", 0, ("0:5",), (("5:10",),), (("5:10",),)),
+                HeadBlock("o", 1, ("5:10",), (("20:25",),), (("20:25",),)),
+            ),
             ("0:5", "10:20", "25:30"),
         ),
     ),
-)  # fmt: skip
+)
 
 
 def test_json_round_trip_loses_nothing() -> None:
@@ -40,12 +59,26 @@ def test_json_round_trip_loses_nothing() -> None:
     data = json.loads(text)
     assert (data["format"], data["version"]) == (FORMAT, VERSION)
     assert set(data["sites"][0]) == {
-        "name", "heads", "kv_heads", "hq", "hkv", "head_dim", "query_heads", "query_groups", "kv_groups", "heads_by", "kv_merge",
-    }  # fmt: skip
+        "name",
+        "heads",
+        "kv_heads",
+        "hq",
+        "hkv",
+        "head_dim",
+        "query_heads",
+        "query_groups",
+        "kv_groups",
+        "heads_by",
+        "kv_merge",
+    }
     assert set(data["parameters"][0]) == {"name", "axis", "size", "sites", "blocks", "dropped"}
     assert data["parameters"][0]["blocks"][0] == {
-        "role": "k", "head": 0, "to": ["0:5"], "from": [["5:10"], ["20:25"]], "replaces": [["5:10"], ["20:25"]],
-    }  # fmt: skip
+        "role": "k",
+        "head": 0,
+        "to": ["0:5"],
+        "from": [["5:10"], ["20:25"]],
+        "replaces": [["5:10"], ["20:25"]],
+    }
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

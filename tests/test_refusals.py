@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_models import FusedAttention, Stack, tokens
+from attention_models import converted as convert_now
 from plan_arithmetic import whole_state
 from torch import Tensor, nn
 
@@ -174,7 +175,7 @@ def test_refused_with_reason_and_node(model: nn.Module, words: str) -> None:
     """Beside a plain site, which is converted all the same, the odd one stays as it was and the report says why."""
     pair = Two(model).eval()
     before = whole_state(pair)
-    converted = sqa_fx.convert(pair, hq=2, hkv=2, args=(X,))
+    converted = convert_now(pair, hq=2, hkv=2, args=(X,))
     assert [s.name for s in converted.report.sites] == ["plain"]
     assert len(converted.report.refused) == 1
     refusal = converted.report.refused[0]
@@ -202,7 +203,7 @@ def test_alone_it_is_the_nearest_miss(model: nn.Module, words: str) -> None:
 def test_no_attention_at_all(model: nn.Module) -> None:
     report = sqa_fx.inspect(model.eval(), args=(X,))
     assert not report.sites
-    with pytest.raises(NoAttentionError, match="softmax|nearest miss") as error:
+    with pytest.raises(NoAttentionError, match=r"softmax|nearest miss") as error:
         sqa_fx.convert(model.eval(), hq=2, hkv=2, args=(X,))
     assert error.value.exit_code == 2
     mixed = sqa_fx.convert(Two(model).eval(), hq=2, hkv=2, args=(X,))
@@ -322,7 +323,7 @@ def test_plans_edited_by_hand_are_checked(field: str, value: Any, words: str) ->
 
 
 def test_what_is_no_model() -> None:
-    with pytest.raises(InputError, match="nn.Module"):
+    with pytest.raises(InputError, match=r"nn\.Module"):
         sqa_fx.convert("model", hq=2)  # type: ignore[arg-type]
 
 
