@@ -27,7 +27,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for p in (self.q, self.k, self.v))
         out: Tensor = nn.functional.scaled_dot_product_attention(q, k, v)
-        return x + self.o(out.transpose(1, 2).flatten(2))
+        y: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return x + y
 
 
 def _broken(parameter: str) -> None:
