@@ -119,7 +119,7 @@ class _Parameters:
             shape[cut.axis] = cut.new_size
             held = value_of(node)
             fake = self.fakes.run(torch.empty, (shape,), {"dtype": held.dtype, "device": held.device})
-            new.meta = {"val": fake, "sqa_cut": True}
+            new.meta = {"val": fake}
             self._whole[node] = new
         return self._whole[node]
 
@@ -489,21 +489,17 @@ class _Builder:
         else:
             k = self._repeat(node, "k", core.k, k)
             v = self._repeat(node, "v", core.v, v)
-        mapping = {core.q: q, core.k: k, core.v: v}
-        new = self._copy_core(node, mapping)
+        new = self._copy_core(node, (q, k, v))
         if gqa or argument(node, "enable_gqa", False):
             set_argument(new, "enable_gqa", gqa)
         return new
 
-    def _copy_core(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
-        """The SDPA node on new operands; its fake value is that of the old one with the new head count."""
-        args = [mapping.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
-        names = dict(mapping)
-        # The same tensor may serve as key and value: each position takes its own part.
-        for position, name in enumerate(("q", "k", "v")):
-            original = (self.site.core.q, self.site.core.k, self.site.core.v)[position]
-            if position < len(args):
-                args[position] = names[original] if name != "v" else mapping[self.site.core.v]
+    def _copy_core(self, node: fx.Node, operands: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
+        """The SDPA node on new (q, k, v); its fake value is that of the old one with the new head count.
+
+        Operands go by position: one tensor may serve as key and value, and each takes its own part.
+        """
+        args = [*operands, *node.args[3:]]
         mask = argument(node, "attn_mask")
         with self.graph.inserting_before(node):
             assert isinstance(node.target, torch._ops.OpOverload)

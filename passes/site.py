@@ -38,8 +38,6 @@ class Refused(Exception):
 class Core:
     """The heart of a site: ``score`` contracts q with k, ``value`` contracts the probabilities with v (one SDPA node
     is both).
-
-    ``path`` are the nodes from ``score`` to the probabilities that ``value`` reads, in graph order, both ends excluded.
     """
 
     anchor: fx.Node
