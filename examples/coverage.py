@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import sqa_fx
-from sqa_fx.errors import CaptureError, NoAttentionError, PlanError, VerifyError
+from sqa_fx.errors import CaptureError, NoAttentionError, VerifyError
 from sqa_fx.torchvision_ops import make_torchvision_importable
 
 # Ordinary eager in float32 on both sides: far above rounding, far below what a wrong head does.
@@ -80,13 +80,6 @@ def time_limit(seconds: int) -> Iterator[None]:
         armed.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def halved(heads: int, kv_heads: int) -> tuple[int, int]:
-    """Half of the query heads (less where the number is odd), and at most half as many KV heads."""
-    hq = next((heads // n for n in (2, 3, 5, 7) if heads % n == 0), 1)
-    wanted = max(1, min(kv_heads, hq) // 2) if kv_heads > 1 else 1
-    return hq, next(n for n in range(wanted, 0, -1) if hq % n == 0)
 
 
 def _entries(ranges: list[str]) -> Tensor:
@@ -183,14 +176,7 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
     if "train" not in impl:
         model.eval()
     try:
-        try:
-            converted = sqa_fx.convert(model, hq=0.5, hkv=0.25, kwargs=kwargs)
-        except PlanError:  # a number of heads that four does not divide: ask per site
-            seen = sqa_fx.inspect(model, kwargs=kwargs)
-            run.found = len(seen.sites) + len(seen.refused)
-            pairs = {s.name: halved(s.heads, s.kv_heads) for s in seen.sites}
-            hq, hkv = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
-            converted = sqa_fx.convert(model, hq=hq, hkv=hkv, kwargs=kwargs)
+        converted = sqa_fx.convert(model, hq=0.5, hkv=0.5, kwargs=kwargs)
     except CaptureError as error:
         run.status, run.reason = "not exportable", str(error)[:300]
         return run

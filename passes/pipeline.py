@@ -18,7 +18,7 @@ from sqa_fx.passes.rewrite import Rewritten, rewrite
 from sqa_fx.passes.simplify import simplify
 from sqa_fx.passes.site import Refusal, Refused, Site
 from sqa_fx.plan import Plan, SitePlan
-from sqa_fx.request import HeadChoice, Request, check_patterns, resolve
+from sqa_fx.request import HeadChoice, Request, check_patterns, resolve, rounding
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ class Analysis:
     facts: GraphFacts
     sites: list[Site]
     refusals: list[Refusal]
+    notes: list[str] = field(default_factory=list)
 
     def require_sites(self) -> None:
         """Raise NoAttentionError, naming the nearest miss, when nothing can be converted."""
@@ -89,6 +90,8 @@ def make_plan(
     check_patterns(hq, names, "hq")
     check_patterns(hkv, names, "hkv")
     wanted = {s.name: resolve(s.name, s.heads, s.kv_heads, hq, hkv) for s in analysis.sites}
+    rounded = [rounding(s.name, s.heads, s.kv_heads, hq, hkv) for s in analysis.sites]
+    analysis.notes.extend(note for note in rounded if note)
     plans: dict[str, SitePlan] = {}
     for group in _tied(analysis.sites):
         scores = None

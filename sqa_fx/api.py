@@ -222,7 +222,7 @@ def _report(
         parameters_after=_parameter_count(captured.graph_module),
         dynamic=captured.dynamic,
         static=captured.static,
-        notes=[*captured.notes, *(done.notes if done is not None else ())],
+        notes=[*captured.notes, *analysis.notes, *(done.notes if done is not None else ())],
         proof=proof.to_json() if proof is not None else None,
         milliseconds=timings.milliseconds,
     )

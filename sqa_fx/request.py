@@ -30,33 +30,70 @@ def resolve(name: str, heads: int, kv_heads: int, hq: Request, hkv: Request) -> 
     """(hq, hkv) for site ``name`` with ``heads`` query and ``kv_heads`` KV heads; None when no pattern names the site.
 
     A variant name in ``hq`` sets both unless ``hkv`` is given. hkv left out means as many KV heads as the request for
-    hq allows: min(kv_heads, hq). Raises PlanError, naming the site and its shapes, when the request is impossible.
+    hq allows: min(kv_heads, hq). Fractions and variants take the nearest whole number of heads (half a head counts as
+    one), and for KV heads the nearest that divides hq or that hq divides, since models have stages with 3 or 5 heads;
+    :func:`rounding` says where that happened. Raises PlanError, naming the site and its shapes, when the request is
+    impossible.
     """
+    asked = _asked(name, heads, kv_heads, hq, hkv)
+    if asked is None:
+        return None
+    query, kv, query_free, kv_free = asked
+    new_hq = _nearest(query, range(1, heads + 1)) if query_free else int(query)
+    if kv_free:
+        fitting = [n for n in range(1, kv_heads + 1) if new_hq % n == 0 or n % new_hq == 0]
+        # More KV heads than query heads only where that was asked for.
+        new_hkv = _nearest(kv, [n for n in fitting if n <= new_hq or kv > query] or fitting)
+    else:
+        new_hkv = int(kv)
+    check(name, heads, kv_heads, new_hq, new_hkv)
+    return new_hq, new_hkv
+
+
+def rounding(name: str, heads: int, kv_heads: int, hq: Request, hkv: Request) -> str:
+    """What :func:`resolve` rounded for this site, as a sentence; empty when the request was met exactly."""
+    asked, got = _asked(name, heads, kv_heads, hq, hkv), resolve(name, heads, kv_heads, hq, hkv)
+    if asked is None or got is None or (asked[0], asked[1]) == got:
+        return ""
+    wanted = " and ".join(f"{float(n):g} {what} heads" for n, what in zip(asked[:2], ("query", "KV"), strict=True))
+    return (
+        f"site {name!r} has {heads} query heads and {kv_heads} KV heads: the request comes to {wanted}, "
+        f"made {got[0]} and {got[1]}"
+    )
+
+
+def _asked(
+    name: str, heads: int, kv_heads: int, hq: Request, hkv: Request
+) -> tuple[Fraction, Fraction, bool, bool] | None:
+    """The exact (hq, hkv) of a request, and which of the two may be rounded."""
     query, both = _lookup(hq, name)
     pair, paired = _lookup(hkv, name)
     if not both and not paired:
         return None
-    shape = f"site {name!r} has {heads} query heads and {kv_heads} KV heads"
-    default_kv: HeadCount | None = None
+    default_kv: Fraction | None = None
     if isinstance(query, str):
         variant = VARIANTS.get(query)
         if variant is None:
             raise PlanError(f"unknown variant {query!r}; known: {', '.join(VARIANTS)}")
-        new_hq = _times(variant[0], heads, query, shape)
-        kv = variant[1]
+        wanted_q = variant[0] * heads
         # The variant's hkv is stated over H; a GQA model may hold fewer KV heads already, and keeps those.
-        wanted = kv if isinstance(kv, int) else _times(kv, heads, query, shape)
-        default_kv = min(wanted, kv_heads) if wanted <= new_hq else wanted
+        kv = Fraction(variant[1]) if isinstance(variant[1], int) else variant[1] * heads
+        default_kv = min(kv, Fraction(kv_heads)) if kv <= wanted_q else kv
     else:
-        new_hq = heads if query is None else _count(query, heads, "hq", shape)
+        wanted_q = Fraction(heads) if query is None else _count(query, heads, "hq")
+    query_free = isinstance(query, str | float)
     if pair is None:
-        new_hkv = int(default_kv) if default_kv is not None else min(kv_heads, new_hq)
+        wanted_kv = default_kv if default_kv is not None else min(Fraction(kv_heads), wanted_q)
     elif isinstance(pair, str):
         raise PlanError(f"hkv={pair!r}: a variant name goes into hq")
     else:
-        new_hkv = _count(pair, kv_heads, "hkv", shape)
-    check(name, heads, kv_heads, new_hq, new_hkv)
-    return new_hq, new_hkv
+        wanted_kv = _count(pair, kv_heads, "hkv")
+    return wanted_q, wanted_kv, query_free, isinstance(pair, float) or (pair is None and query_free)
+
+
+def _nearest(wanted: Fraction, counts: Sequence[int]) -> int:
+    """The count nearest to ``wanted``; of two equally near ones the larger."""
+    return min(counts, key=lambda n: (abs(n - wanted), -n))
 
 
 def check(name: str, heads: int, kv_heads: int, hq: int, hkv: int) -> None:
@@ -83,21 +120,14 @@ def _lookup(request: Request, name: str) -> tuple[HeadCount | None, bool]:
     return request, True
 
 
-def _times(fraction: Fraction, count: int, text: object, shape: str) -> int:
-    exact = fraction * count
-    if exact.denominator != 1 or exact < 1:
-        raise PlanError(f"{shape}: {text} asks for {fraction} of {count}, which is not a whole number of heads")
-    return int(exact)
-
-
-def _count(value: HeadCount, available: int, what: str, shape: str) -> int:
+def _count(value: HeadCount, available: int, what: str) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PlanError(f"{what}={value!r} is not a number of heads, a fraction in (0, 1], or a variant name")
     if isinstance(value, int):
-        return value
+        return Fraction(value)
     if not 0 < value <= 1:
         raise PlanError(f"{what}={value}: a fraction must be in (0, 1]; whole numbers of heads are integers")
-    return _times(Fraction(value).limit_denominator(1024), available, f"{what}={value}", shape)
+    return Fraction(value).limit_denominator(1024) * available
 
 
 def check_patterns(request: Request, names: Sequence[str], what: str) -> None:

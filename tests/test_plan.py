@@ -11,7 +11,7 @@ import pytest
 
 from sqa_fx.errors import InputError, MissingError, PlanError, SqaError
 from sqa_fx.plan import FORMAT, VERSION, HeadBlock, ParameterPlan, Plan, SitePlan, from_ranges, to_ranges
-from sqa_fx.request import VARIANTS, check_patterns, resolve
+from sqa_fx.request import VARIANTS, check_patterns, resolve, rounding
 
 PLAN = Plan(
     sites=(
@@ -225,12 +225,28 @@ TABLE = [
     (8, 8, None, 2, (8, 2)),
     (8, 8, 2, 4, (2, 4)),
     (8, 8, 1, 1, (1, 1)),
+    (6, 6, 0.25, None, (2, 2)),
+    (6, 6, "xSQA", None, (2, 2)),
+    (3, 3, 0.5, 0.5, (2, 2)),
+    (5, 5, 0.5, 0.25, (3, 1)),
+    (15, 5, 0.5, 0.5, (8, 2)),
+    (9, 3, 0.5, None, (5, 1)),
+    (1, 1, 0.5, 0.5, (1, 1)),
+    (7, 7, "SQA", None, (4, 2)),
 ]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "hq", "hkv", "expected"), TABLE)
 def test_requests_by_hand(heads: int, kv_heads: int, hq: Any, hkv: Any, expected: tuple[int, int]) -> None:
     assert resolve("site", heads, kv_heads, hq, hkv) == expected
+
+
+def test_rounding_says_what_it_did() -> None:
+    assert rounding("a", 8, 4, 0.5, 0.5) == "" and rounding("a", 8, 8, 4, 2) == ""
+    assert rounding("a", 9, 3, 0.5, 0.5) == (
+        "site 'a' has 9 query heads and 3 KV heads: the request comes to 4.5 query heads and 1.5 KV heads, made 5 and 1"
+    )
+    assert rounding("a", 8, 8, {"b": 0.5}, None) == ""
 
 
 def test_the_variants_are_the_papers() -> None:
@@ -245,8 +261,6 @@ def test_the_variants_are_the_papers() -> None:
         (6, 6, 0, None, "between"),
         (6, 6, -2, None, "between"),
         (6, 3, 6, 6, "between"),
-        (6, 6, 0.25, None, "whole number"),
-        (6, 6, "xSQA", None, "whole number"),
         (6, 6, 1.5, None, "fraction"),
         (6, 6, 0.0, None, "fraction"),
         (6, 6, float("nan"), None, "fraction"),
