@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from sqa_fx.errors import CaptureError, InputError
+from sqa_fx.passes.data_sizes import learn_data_sizes
 from sqa_fx.passes.graph import attribute, drop_dead_code
 from sqa_fx.passes.hints import is_free, is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name
@@ -74,6 +75,7 @@ def capture(
     # The module's calls are checked by its wrapper, which says what to do; torch's own check would only forbid.
     module._forward_pre_hooks.clear()
     _normalise(module)
+    learn_data_sizes(module, args, kwargs)
     dynamic, static = _dynamic_report(module)
     return Captured(module, args, kwargs, spec, training, signature, dynamic, static, notes)
 

@@ -53,20 +53,26 @@ def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
         raise Refused("one head only: nothing to drop", core.anchor)
     q_shape, k_shape = shape_of(core.q), shape_of(core.k)
     kv_len = k_shape[-2] if core.fused else shape_of(core.anchor)[-1]
-    site = Site(
-        name=name,
-        core=core,
-        heads=total,
-        kv_heads=max(count.kv_of) + 1,
-        kv_of=count.kv_of,
-        model_heads=count.model_heads,
-        model_kv_heads=count.model_kv_heads,
-        head_dim=_head_dim(core),
-        q_len=q_shape[-2],
-        kv_len=kv_len,
-    )
-    _Follower(facts, site, count).run()
-    return site
+    forced: set[tuple[str, fx.Node]] = set()
+    while True:
+        site = Site(
+            name=name,
+            core=core,
+            heads=total,
+            kv_heads=max(count.kv_of) + 1,
+            kv_of=count.kv_of,
+            model_heads=count.model_heads,
+            model_kv_heads=count.model_kv_heads,
+            head_dim=_head_dim(core),
+            q_len=q_shape[-2],
+            kv_len=kv_len,
+        )
+        follower = _Follower(facts, site, count, forced)
+        follower.run()
+        more = follower.parts_of_whole() - forced
+        if not more:
+            return site
+        forced |= more
 
 
 def _head_dim(core: Core) -> int:
@@ -83,11 +89,12 @@ def _head_dim(core: Core) -> int:
 
 
 class _Follower:
-    def __init__(self, facts: GraphFacts, site: Site, count: HeadCount) -> None:
+    def __init__(self, facts: GraphFacts, site: Site, count: HeadCount, forced: set[tuple[str, fx.Node]]) -> None:
         self.facts, self.site, self.count = facts, site, count
         self.labels = site.labels
         self.all_heads = pack(torch.tensor(0), torch.tensor(site.heads - 1))
         self.kv = torch.tensor(site.kv_of)
+        self.forced = set(forced)
 
     def run(self) -> None:
         core, site = self.site.core, self.site
@@ -103,9 +110,36 @@ class _Follower:
         if "o" not in made:
             raise Refused("no output projection sums over the heads", core.value)
         for role in ("q", "k", "v"):
-            if role in site.kinds and role not in made and (site.kv_heads > 1 or role == "q"):
-                others = [n for r, n in site.frontiers if r == role]
-                raise Refused(f"no projection makes {role}", *others)
+            selected = any(r == role for r, _ in site.frontiers)
+            if role in site.kinds and role not in made and not selected and (site.kv_heads > 1 or role == "q"):
+                raise Refused(f"no projection makes {role}", core.anchor)
+
+    def parts_of_whole(self) -> set[tuple[str, fx.Node]]:
+        """Projections whose weight is cut under one role but computed whole for another (a fused projection before
+        a norm across heads): their heads are better selected from the result."""
+        whole: set[fx.Node] = set()
+        for _, frontier in self.site.frontiers:
+            stack, seen = [frontier], {frontier}
+            while stack:
+                node = stack.pop()
+                weights = {n for n in node.all_input_nodes if n in self.facts.constants}
+                description = step(node)
+                if isinstance(description, Aligned) and description.contraction and weights:
+                    whole |= weights
+                    continue
+                if node is frontier:
+                    whole |= weights
+                for source in node.all_input_nodes:
+                    if source not in seen and source not in weights and source.op == "call_function":
+                        seen.add(source)
+                        stack.append(source)
+        return {
+            (use.role, user)
+            for use in self.site.leaves
+            if use.node in whole and use.role != "o"
+            for user in use.node.users
+            if (use.role, user) in self.labels and (use.role, user) not in self.site.frontiers
+        }
 
     # -- the core's operands -------------------------------------------------------------------------------------
 
@@ -158,13 +192,30 @@ class _Follower:
 
     def _backward(self, start: fx.Node, labels: Labels, role: str, kind: Kind) -> None:
         """Follow ``labels`` of ``start`` to the parameters that make it."""
-        site, order = self.site, self.facts.order
         if not self._demanded(labels, kind):
             return
+        site = self.site
         site.kinds[role] = kind
-        pending: dict[fx.Node, Labels] = {start: labels}
-        queue = [-order[start]]
-        by_order = {order[start]: start}
+        before = len(site.leaves), len(site.frontiers), len(site.projections), len(site.ties)
+        self._follow(start, labels, role, kind)
+        while self.forced.isdisjoint(joins := self._statistic_joins(role)) and joins:
+            self.forced |= joins
+            for key in [k for k in self.labels if k[0] == role]:
+                del self.labels[key]
+            for found, count in zip((site.leaves, site.frontiers, site.projections, site.ties), before, strict=True):
+                del found[count:]  # type: ignore[attr-defined]
+            self._follow(start, labels, role, kind)
+        if site.kv_heads == 1 and kind == "kv":
+            self._prune(role)
+        self._settle(role)
+
+    def _follow(self, start: fx.Node, labels: Labels, role: str, kind: Kind, tie: bool = False) -> None:
+        """Move ``labels`` backward from ``start``. With ``tie`` the nodes stay whole: only the parameters are wanted
+        whose entries make each head."""
+        order = self.facts.order
+        pending: dict[fx.Node, Labels] = {}
+        queue: list[int] = []
+        by_order: dict[int, fx.Node] = {}
 
         def push(node: fx.Node, found: Labels) -> None:
             if node in pending:
@@ -174,26 +225,67 @@ class _Follower:
             by_order[order[node]] = node
             heapq.heappush(queue, -order[node])
 
+        push(start, labels)
         while queue:
             node = by_order[-heapq.heappop(queue)]
             found = pending[node]
             if not self._demanded(found, kind):
                 continue
-            self.labels[role, node] = found
+            if not tie:
+                self.labels[role, node] = found
             if node.op == "get_attr":
-                self._leaf(node, found, role)
+                self._leaf(node, found, role, tie)
                 continue
             description = step(node)
-            if isinstance(description, Move):
+            locked = isinstance(description, Aligned) and any(found.size(d) > 1 for d in description.locked)
+            if not tie and (locked or (role, node) in self.forced):
+                self._frontier(node, found, role, "a norm across heads")
+            elif isinstance(description, Move):
                 for source, back in self.facts.carrier.move_backward(node, found).items():
                     push(source, back)
             elif isinstance(description, Aligned):
                 self._aligned_backward(node, description, found, role, push)
-            elif varying(found) or kind == "core" or site.kv_heads > 1:
+            elif tie:
+                self.site.untied[role] = description.reason
+            elif varying(found) or kind == "core" or self.site.kv_heads > 1:
                 self._frontier(node, found, role, description.reason)
-        if site.kv_heads == 1 and kind == "kv":
-            self._prune(role)
-        self._settle(role)
+
+    def _statistic_joins(self, role: str) -> set[tuple[str, fx.Node]]:
+        """Labelled nodes that also read a statistic over all heads of the same tensor (the norm of a query that is not
+        yet split into heads): the tensor is needed whole there, so that its heads are selected after this node."""
+        order = self.facts.order
+        inside = {n for r, n in self.labels if r == role and n.op != "get_attr"}
+        if self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
+            return set()
+        first = min((order[n] for n in inside), default=0)
+        depends: dict[fx.Node, bool] = {}
+
+        def reads(node: fx.Node) -> bool:
+            """True when the unlabelled ``node`` is computed from a labelled one."""
+            stack = [node]
+            while stack:
+                current = stack[-1]
+                if current in depends or current in inside or order[current] < first:
+                    stack.pop()
+                    continue
+                sources = [n for n in current.all_input_nodes if is_tensor(n) and (CORE, n) not in self.labels]
+                unknown = [n for n in sources if n not in inside and n not in depends and order[n] >= first]
+                if unknown:
+                    stack.extend(unknown)
+                    continue
+                depends[current] = any(n in inside or depends.get(n, False) for n in sources)
+                stack.pop()
+            return depends.get(node, False)
+
+        joins = set()
+        for node in inside:
+            if isinstance(step(node), Aligned) and (role, node) not in self.site.frontiers:
+                others = [
+                    n for n in node.all_input_nodes if is_tensor(n) and n not in inside and (CORE, n) not in self.labels
+                ]
+                if any(reads(n) for n in others if n not in self.facts.constants):
+                    joins.add((role, node))
+        return joins
 
     def _settle(self, role: str) -> None:
         """Give every element that exists under ``role`` a label, whether or not a head asked for it.
@@ -233,9 +325,10 @@ class _Follower:
             self.labels[role, node] = fill_gaps(labels, known[node] != EMPTY)
 
     def _prune(self, role: str) -> None:
-        """With one KV head every element is labelled alike: keep only what really comes from a parameter cut
-        elsewhere."""
+        """With one KV head every element is labelled alike: keep only what comes from a parameter cut elsewhere, and
+        what repeats the KV head."""
         reached = {use.node for use in self.site.leaves if use.role == role}
+        reached |= {n for (r, n), labels in self.labels.items() if r == role and bool(single(labels).any())}
         stack = list(reached)
         while stack:
             for user in stack.pop().users:
@@ -248,8 +341,6 @@ class _Follower:
 
     def _aligned_backward(self, node: fx.Node, description: Aligned, found: Labels, role: str, push: object) -> None:
         assert callable(push)
-        if any(found.size(d) > 1 for d in description.locked):
-            raise Refused("a norm or softmax runs across heads", node)
         constants = self.facts.constants
         weighted = description.contraction and any(o.node in constants for o in description.operands[:2])
         if weighted:
@@ -264,7 +355,7 @@ class _Follower:
                 raise Refused("an operand depends on the attention output itself", node)
             push(operand.node, back)
 
-    def _leaf(self, node: fx.Node, found: Labels, role: str) -> None:
+    def _leaf(self, node: fx.Node, found: Labels, role: str, tie: bool) -> None:
         if role.startswith("side:"):
             # A table that is cut or looked up in part belongs to its heads as a whole.
             found = fill_gaps(found, torch.ones((), dtype=torch.bool))
@@ -277,7 +368,7 @@ class _Follower:
             raise Refused(f"parameter {node.target} belongs to one head as a whole", node)
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
             raise Refused(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
-        self.site.leaves.append(LeafUse(node, role, axes[0], found.reshape(-1)))
+        (self.site.ties if tie else self.site.leaves).append(LeafUse(node, role, axes[0], found.reshape(-1)))
 
     def _free(self, labels: Labels) -> torch.Tensor:
         """True where several KV heads (or, with one KV head, several query heads) share an element."""
@@ -292,9 +383,12 @@ class _Follower:
             raise Refused(f"no projection makes {role}: it comes from {reason}", node)
         if len(varying(found)) != 1:
             raise Refused(f"{reason} has heads along several dimensions", node)
-        if not bool((single(found) | (found == EMPTY)).all()):
+        kind = self.site.kinds[role]
+        if kind == "core" and not bool((single(found) | (found == EMPTY)).all()):
             raise Refused(f"{reason} belongs to KV heads, not query heads", node)
         self.site.frontiers.append((role, node))
+        if kind == "kv" or role == "q":
+            self._follow(node, found, role, kind, tie=True)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -348,7 +442,10 @@ class _Follower:
             for source in description.sources:
                 if source not in known:
                     self._missing_source(node, source, known)
-            return self.facts.carrier.move_forward(node, known, missing=int(self.all_heads))
+            moved = self.facts.carrier.move_forward(node, known)
+            # Padding, and what is joined from elsewhere, goes with its neighbours: heads lie along other dimensions.
+            filled = fill_gaps(moved, torch.ones((), dtype=torch.bool))
+            return compress(torch.where(filled == EMPTY, self.all_heads, filled))
         if not isinstance(description, Aligned):
             raise Refused(f"heads reach {description.reason}", node)
         return self._aligned_forward(node, description)

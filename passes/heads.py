@@ -16,7 +16,7 @@ from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.hints import shape_of
 from sqa_fx.passes.labels import aligned, compress, low, single, varying
 from sqa_fx.passes.labels import heads as head_labels
-from sqa_fx.passes.ops import Aligned, Move, Operand, argument, step
+from sqa_fx.passes.ops import Aligned, Move, Opaque, Operand, argument, step
 from sqa_fx.passes.site import Core, Refused
 
 
@@ -69,37 +69,6 @@ class HeadCount:
 def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
     """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be
     dropped."""
-    try:
-        return _count(facts, core)
-    except _SharedQuery as shared:
-        node = _mixer(facts, core.q)
-        if node is not None:
-            raise Refused("a norm or reduction of the query runs across heads", node) from shared
-        raise
-
-
-class _SharedQuery(Refused):
-    """Every head seems to read the same query."""
-
-
-def _mixer(facts: GraphFacts, target: fx.Node) -> fx.Node | None:
-    """The op on the way to ``target`` without which its channels would fall into more classes."""
-    region, _ = _region(facts, target)
-    for node in region:
-        description = step(node)
-        if isinstance(description, Aligned) and (
-            description.locked or any(d is not None and d < 0 for o in description.operands for d in o.dims)
-        ):
-            if description.locked:
-                crossed = any(len(varying(n)) for n in _channel_numbers(facts, description.operands[0].node))
-                if crossed:
-                    return node
-            elif any(varying(n) for n in _channel_numbers(facts, target, skipped=node)):
-                return node
-    return None
-
-
-def _count(facts: GraphFacts, core: Core) -> HeadCount:
     if core.fused:
         return _count_fused(facts, core)
     score, value = aligned(core.score), aligned(core.value)
@@ -313,8 +282,6 @@ def _number(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[tuple[int, .
         appearance.setdefault(row, len(appearance))
         kv_appearance.setdefault(row[1:], len(kv_appearance))
     if len({row[0] for row in appearance}) != len(appearance):
-        if len({row[0] for row in appearance}) == 1 and len(appearance) > 1:
-            raise _SharedQuery("all heads share one query")
         raise Refused("several heads share a query")
     ordered = sorted(appearance, key=lambda row: (kv_appearance[row[1:]], appearance[row]))
     canonical = {row: i for i, row in enumerate(ordered)}
@@ -352,16 +319,18 @@ def _channel_numbers(facts: GraphFacts, target: fx.Node, skipped: fx.Node | None
 
 
 def _mix(description: Aligned, values: dict[fx.Node, Tensor], rank: int, classes: Classes) -> Tensor | None:
+    """The channels of an aligned op's output. Channels that a norm or a reduction runs over are not united: a statistic
+    over all heads makes no head of them, and whether it may stay is asked where labels move backward."""
     result: Tensor | None = None
     for operand in description.operands:
         numbers = values.get(operand.node)
         if numbers is None:
             continue
-        mixed = [i for i, d in enumerate(operand.dims) if d is None or d < 0 or d in description.locked]
-        for dim in mixed:
-            if numbers.size(dim) > 1:
-                classes.unite(numbers, numbers.amax(dim, keepdim=True))
         lost = [i for i, d in enumerate(operand.dims) if (d is None or d < 0) and numbers.size(i) > 1]
+        if lost and not (description.contraction or description.joins):
+            continue
+        for dim in lost:
+            classes.unite(numbers, numbers.amax(dim, keepdim=True))
         if lost:
             numbers = numbers.amax(lost, keepdim=True)
         order = sorted((d, i) for i, d in enumerate(operand.dims) if d is not None and d >= 0)
@@ -407,7 +376,7 @@ def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.
             region.append(node)
             stack.extend(o.node for o in description.operands)
             continue
-        if node.op == "get_attr":
+        if node.op == "get_attr" or (isinstance(description, Opaque) and description.channels is not None):
             sources.append(node)
     region.sort(key=facts.order.__getitem__)
     return region, sources
@@ -424,6 +393,10 @@ def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
     """A number for every output channel of a source, in the compressed shape of its output."""
     rank = len(shape_of(node))
     description = step(node)
+    if isinstance(description, Opaque) and description.channels is not None:
+        shape = [1] * rank
+        shape[description.channels] = shape_of(node)[description.channels]
+        return torch.arange(torch.Size(shape).numel()).view(shape)
     if not isinstance(description, Aligned):
         shape = list(shape_of(node))
         return torch.arange(torch.Size(shape).numel()).view(shape)

@@ -13,14 +13,38 @@ def hint(value: Any) -> Any:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         found = value.node.hint
         if found is None:
-            raise ValueError(f"{value} depends on data, so it has no size at the example inputs")
+            env = value.node.shape_env
+            # Renamed between torch 2.11 and 2.13.
+            backed = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+            found = value.node.expr.subs({**backed, **data_sizes(value)})
+            if found.free_symbols:
+                raise ValueError(f"{value} depends on data, so it has no size at the example inputs")
+            kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+            return kind(found)
         return found
     return value
+
+
+def data_sizes(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> dict[Any, int]:
+    """Known values of the sizes that depend on data in the graph of ``value``, by symbol; may be added to."""
+    env = value.node.shape_env
+    if not hasattr(env, "sqa_data_sizes"):
+        env.sqa_data_sizes = {}
+    known: dict[Any, int] = env.sqa_data_sizes
+    return known
 
 
 def is_free(size: Any) -> bool:
     """True for a size that may differ from call to call (a symbol that export has not fixed to a number)."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def depends_on_data(node: fx.Node) -> bool:
+    """True for a tensor with a size that depends on data: running its op on fake inputs would make new symbols."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and any(
+        isinstance(s, torch.SymInt) and s.node.hint is None for s in value.shape
+    )
 
 
 def value_of(node: fx.Node) -> Any:

@@ -177,7 +177,7 @@ class Carrier:
     def _index_nodes(self, node: fx.Node) -> dict[fx.Node, Tensor]:
         """Index operands of a gather-like move, with their values where the graph fixes them."""
         maker = moved_from(node)
-        if op_name(maker) not in ("index", "index_select", "gather"):
+        if op_name(maker) not in ("index", "index_select"):
             return {}
         found: dict[fx.Node, Tensor] = {}
         for n in maker.all_input_nodes:

@@ -36,11 +36,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Aligned:
-    """An op whose output positions are operand positions; ``locked`` output dimensions are mixed (softmax, norms)."""
+    """An op whose output positions are operand positions; ``locked`` output dimensions are mixed (softmax, norms).
+    ``joins``: operand elements that share an output position become one number there (complex from two reals)."""
 
     operands: tuple[Operand, ...]
     locked: frozenset[int] = frozenset()
     contraction: bool = False
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Opaque:
-    """An op that head labels cannot cross."""
+    """An op that head labels cannot cross. ``channels`` is the output dimension along which its weights make channels
+    (a projection that cannot be cut), if it has one."""
 
     reason: str
+    channels: int | None = None
 
 
 Step = Aligned | Move | Opaque
@@ -67,7 +71,7 @@ def _names(text: str) -> frozenset[str]:
 _MOVE_ONE = _names("""
     view _unsafe_view reshape permute transpose t unsqueeze squeeze expand repeat select slice narrow clone contiguous
     flatten unflatten movedim flip roll alias detach unfold constant_pad_nd pad tile diagonal lift_fresh_copy lift_fresh
-    swapaxes swapdims moveaxis mT numpy_T index_select gather index view_as expand_as reshape_as repeat_interleave
+    swapaxes swapdims moveaxis mT numpy_T index_select index view_as expand_as reshape_as repeat_interleave
     select_copy squeeze_copy view_copy as_strided_copy channel_shuffle pixel_shuffle pixel_unshuffle im2col rot90
     broadcast_to adjoint unsafe_split split split_with_sizes chunk unbind tensor_split
 """)
@@ -78,9 +82,10 @@ _POINTWISE = _names("""
     _to_copy to dropout alpha_dropout feature_dropout where masked_fill lerp conj resolve_conj resolve_neg _conj
     fake_quantize_per_tensor_affine float nan_to_num _conj_physical zeros_like ones_like full_like empty_like rand_like
     randn_like bernoulli copy floor_divide remainder fmod div addcmul addcdiv hardswish hardsigmoid relu6 hardtanh silu
-    gelu relu elu leaky_relu softplus mish clamp log_sigmoid threshold celu selu
+    gelu relu elu leaky_relu softplus mish clamp log_sigmoid threshold celu selu __and__ __or__ __xor__ logical_not
+    logical_and logical_or bitwise_not bitwise_and bitwise_or
 """)
-_REDUCE = _names("mean sum amax amin var std linalg_vector_norm logsumexp prod norm any all")
+_REDUCE = _names("mean sum amax amin argmax argmin var std linalg_vector_norm logsumexp prod norm any all")
 _SOFTMAX = _names("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum")
 _CREATE = _names("zeros ones empty full new_zeros new_ones new_empty new_full rand randn")
 IDENTITY_MOVES = _names("clone contiguous detach alias lift_fresh_copy lift_fresh")
@@ -143,6 +148,10 @@ def _step(node: fx.Node) -> Step:
     name = op_name(maker)
     if maker is not node and name in ("max", "min") and node.args[1] == 0:
         return _reduction(maker)
+    if maker is not node and name in _SELECTIONS:
+        return _selection(maker, node)
+    if maker is not node and name in _SPATIAL and node.args[1] == 0:
+        return _pool(node)
     if maker is not node and name in _BATCH_NORMS and node.args[1] == 0:
         return _batch_norm(maker)
     if maker is not node and not (name in _MOVE_ONE and isinstance(value_of(maker), tuple | list)):
@@ -161,6 +170,8 @@ def _step(node: fx.Node) -> Step:
         return Move(tuple(t for t in tensors if isinstance(t, fx.Node)))
     if name in _SCATTER and isinstance(maker.args[0], fx.Node) and isinstance(maker.args[1], fx.Node):
         return Move((maker.args[0], maker.args[1]))
+    if name in _SPATIAL:
+        return _pool(node)
     special = _ALIGNED.get(name)
     if special is not None:
         return special(node)
@@ -229,6 +240,46 @@ def _reduction(node: fx.Node) -> Step:
     return Aligned((Operand(source, tuple(mapped)),))
 
 
+def _selection(maker: fx.Node, node: fx.Node) -> Step:
+    """Values or indices that topk, sort and the like pick along one dimension: positions there mean nothing after."""
+    source = maker.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(node):
+        return Opaque(f"op {maker.target}")
+    rank = len(shape_of(source))
+    dim = int(concrete(argument(maker, "dim", -1))) % rank
+    return Aligned((Operand(source, tuple(-1 - i if i == dim else i for i in range(rank))),))
+
+
+def _single_selection(node: fx.Node) -> Step:
+    return _selection(node, node)
+
+
+def _gather(node: fx.Node) -> Step:
+    source, index = node.args[0], node.args[2]
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    dim = int(concrete(node.args[1])) % len(shape_of(source))
+    out = shape_of(node)
+    if any(s != o for i, (s, o) in enumerate(zip(shape_of(source), out, strict=True)) if i != dim):
+        return Opaque("gather from a part of its source")
+    dims = tuple(range(len(out)))
+    return Aligned((Operand(source, tuple(-1 - i if i == dim else i for i in dims)), Operand(index, dims)))
+
+
+def _scatter(node: fx.Node) -> Step:
+    source, index = node.args[0], node.args[2]
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    dim = int(concrete(node.args[1])) % len(shape_of(source))
+    out = shape_of(node)
+    if any(s != o for i, (s, o) in enumerate(zip(shape_of(index), out, strict=True)) if i != dim):
+        return Opaque("scatter into a part of its target")
+    dims = tuple(range(len(out)))
+    inner = tuple(-1 - i if i == dim else i for i in dims)
+    operands = [Operand(source, dims), Operand(index, inner)]
+    if len(node.args) > 3 and isinstance(node.args[3], fx.Node) and is_tensor(node.args[3]):
+        operands.append(Operand(node.args[3], inner if shape_of(node.args[3]) else ()))
+    return Aligned(tuple(operands), frozenset({dim}))
+
+
 def _norm(node: fx.Node) -> Step:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -250,6 +301,7 @@ def _batch_norm(node: fx.Node) -> Step:
     return Aligned(tuple(operands))
 
 
+_SELECTIONS = {"topk", "sort", "kthvalue", "mode", "median", "cummax", "cummin"}
 _BATCH_NORMS = {"_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit"}
 
 
@@ -354,16 +406,44 @@ def _convolution(node: fx.Node) -> Step:
     elif groups == channels == shape_of(node)[1]:
         operands = [Operand(data, (0, 1, *spatial)), Operand(weight, (1, None, *kernel))]
     else:
-        return Opaque("convolution with channel groups")
+        return Opaque("a convolution with channel groups", channels=1)
     if isinstance(bias, fx.Node):
         operands.append(Operand(bias, (1,)))
     return Aligned(tuple(operands), contraction=True)
 
 
+def _pool(node: fx.Node) -> Step:
+    """Pooling and resampling mix the spatial dimensions of [batch, channels, *spatial] or [channels, *spatial]."""
+    maker = moved_from(node)
+    source = maker.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(node):
+        return Opaque(f"op {maker.target}")
+    rank, spatial = len(shape_of(source)), _SPATIAL[op_name(maker)]
+    if spatial == 0:
+        spatial = rank - 2
+    lead = rank - spatial
+    return Aligned((Operand(source, tuple(i if i < lead else -10 - i for i in range(rank))),))
+
+
+_SPATIAL = {
+    f"{kind}_pool{n}d{suffix}": n
+    for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "_adaptive_avg", "lp")
+    for n in (1, 2, 3)
+    for suffix in ("", "_with_indices")
+} | dict.fromkeys(
+    _names("""
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+        upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa
+    """),
+    0,  # all but batch and channels
+)
+
+
 def _view_as_complex(node: fx.Node) -> Step:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return Aligned((Operand(source, (*range(len(shape_of(node))), -1)),))
+    return Aligned((Operand(source, (*range(len(shape_of(node))), -1)),), joins=True)
 
 
 def _view_as_real(node: fx.Node) -> Step:
@@ -389,6 +469,9 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "_fused_rms_norm": _norm,
     "batch_norm": _batch_norm,
     "embedding": _embedding,
+    "gather": _gather,
+    "scatter": _scatter,
+    "argsort": _single_selection,
     "view_as_complex": _view_as_complex,
     "view_as_real": _view_as_real,
 }

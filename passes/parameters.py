@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from sqa_fx.errors import PlanError
 from sqa_fx.passes.layout import Layout
-from sqa_fx.passes.site import LeafUse
-from sqa_fx.plan import HeadBlock, ParameterPlan, from_ranges, to_ranges
+from sqa_fx.passes.site import LeafUse, Refused
+from sqa_fx.plan import HeadBlock, ParameterPlan, Ranges, from_ranges, to_ranges
 
 
 @dataclass
@@ -71,6 +71,48 @@ class Cut:
         return ParameterPlan(
             str(self.node.target), self.axis, (self.size, self.new_size), tuple(self.sites), tuple(self.blocks), dropped
         )
+
+
+@dataclass
+class Tie:
+    """A parameter that stays whole: the entries of KV heads that become one are replaced by what the one gets."""
+
+    node: fx.Node
+    axis: int
+    size: int
+    sites: list[str] = field(default_factory=list)
+    blocks: dict[Ranges, HeadBlock] = field(default_factory=dict)
+
+    def add(self, layout: Layout, use: LeafUse) -> None:
+        """Add the merged heads of ``use``. Raises PlanError when sites that share the parameter disagree."""
+        if use.axis != self.axis:
+            raise PlanError(f"parameter {self.node.target} carries heads along axes {self.axis} and {use.axis}")
+        found = {}
+        for block in layout.blocks(use):
+            if len(block.replaces) > 1:
+                if layout.site.untied.get(use.role):
+                    raise Refused(
+                        f"KV heads can be selected here but not merged, because of {layout.site.untied[use.role]}",
+                        use.node,
+                    )
+                for own in block.replaces:
+                    found[own] = replace(block, to=own)
+        known = {own: block for own, block in self.blocks.items() if block.role == use.role}
+        if known and layout.site.name not in self.sites and found != known:
+            raise PlanError(
+                f"sites {[*self.sites, layout.site.name]} share parameter {self.node.target}, so they must be given "
+                "the same heads"
+            )
+        if layout.site.name not in self.sites:
+            self.sites.append(layout.site.name)
+        self.blocks.update(found)
+
+    def plan(self) -> ParameterPlan:
+        """The tie as plan data: everything else stays where it is."""
+        taken = {i for b in self.blocks.values() for i in from_ranges(b.to)}
+        rest = to_ranges([i for i in range(self.size) if i not in taken])
+        blocks = [*self.blocks.values(), *([HeadBlock("rest", -1, rest, (rest,), (rest,))] if rest else [])]
+        return ParameterPlan(str(self.node.target), self.axis, (self.size, self.size), tuple(self.sites), tuple(blocks))
 
 
 def _same(first: Sequence[HeadBlock], second: Sequence[HeadBlock]) -> bool:

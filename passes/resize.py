@@ -73,7 +73,7 @@ class Resizer:
         elif name == "unflatten":
             dim = int(concrete(argument(maker, "dim"))) % len(shape_of(_first(maker)))
             args[2] = self.sizes(args[2], out, dim)
-        elif name in ("index", "index_select", "gather") and source is not None:
+        elif name in ("index", "index_select") and source is not None:
             self._index(maker, name, args, out, source)
         elif name in _ALONG_DIMENSIONS and source is not None and self._touches(maker, source):
             raise Refused(f"{name} runs along the head axis", node)
@@ -110,6 +110,8 @@ class Resizer:
                 return maker.target, tuple(args), kwargs
             whole = self.emit(maker.target, *args, **kwargs)
             return operator.getitem, (whole, node.args[1]), {}
+        if name == "slice" and source.old == out.old:
+            return torch.ops.aten.alias.default, (args[0],), {}
         if not isinstance(value_of(_first(maker)).shape[dim], int):
             raise Refused(f"{name} cuts heads that are folded with a dimension of free size", node)
         if source.kept is None:
@@ -155,10 +157,6 @@ class Resizer:
 
     def _index(self, maker: fx.Node, name: str, args: list[Any], out: NewShape, source: NewShape) -> None:
         """Renumber a constant index that runs along the head axis; an index along other dimensions stays."""
-        if name == "gather":
-            if any(o != n for o, n in zip(source.old, source.new, strict=True)):
-                raise Refused("gather over a tensor with heads", maker)
-            return
         if name == "index_select":
             dims, holder, position = [int(concrete(args[1])) % len(source.old)], args, 2
         else:

@@ -20,11 +20,11 @@ from sqa_fx.passes.demand import CORE
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
-from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
+from sqa_fx.passes.hints import depends_on_data, hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import EMPTY, single, varying
 from sqa_fx.passes.layout import Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
-from sqa_fx.passes.parameters import Cut, cut_tensor
+from sqa_fx.passes.parameters import Cut, Tie, cut_tensor
 from sqa_fx.passes.propagate import FakeResults
 from sqa_fx.passes.resize import Resizer
 from sqa_fx.passes.site import LeafUse, Refusal, Refused, Site
@@ -58,6 +58,20 @@ def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx
     return cuts
 
 
+def plan_ties(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node, ParameterPlan]:
+    """The parameters that keep their size, with the entries of merged KV heads averaged in place."""
+    ties: dict[fx.Node, Tie] = {}
+    for site in sites:
+        plan = plans.get(site.name)
+        if plan is None or plan.identity:
+            continue
+        layout = Layout(site, plan)
+        for use in site.ties:
+            tie = ties.setdefault(use.node, Tie(use.node, use.axis, shape_of(use.node)[use.axis]))
+            tie.add(layout, use)
+    return {node: tie.plan() for node, tie in ties.items() if tie.blocks}
+
+
 def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan]) -> Rewritten:
     """Rewrite every site that has a plan other than identity, in place on ``facts.module``.
 
@@ -69,7 +83,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
     wanted = {name: plan for name, plan in plans.items() if not plan.identity}
     while True:
         cuts = plan_parameters(sites, wanted)
-        parameters = _Parameters(module, cuts)
+        parameters = _Parameters(module, cuts, plan_ties(sites, wanted))
         builders, refused = [], []
         for site in sites:
             if site.name in wanted:
@@ -102,8 +116,8 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
 class _Parameters:
     """New get_attr nodes for cut parameters, made once and shared by all sites."""
 
-    def __init__(self, module: fx.GraphModule, cuts: dict[fx.Node, Cut]) -> None:
-        self.module, self.cuts = module, cuts
+    def __init__(self, module: fx.GraphModule, cuts: dict[fx.Node, Cut], ties: dict[fx.Node, ParameterPlan]) -> None:
+        self.module, self.cuts, self.ties = module, cuts, ties
         self._whole: dict[fx.Node, fx.Node] = {}
         self._parts: dict[tuple[fx.Node, int], fx.Node] = {}
         self._constants = 0
@@ -154,9 +168,14 @@ class _Parameters:
     def finish(self, result: Rewritten) -> None:
         """Cut the parameters; one that something else still reads whole stays whole and is cut in the graph."""
         plans = {node: cut.plan() for node, cut in self.cuts.items()}
-        result.parameters = tuple(plans.values())
+        result.parameters = (*plans.values(), *self.ties.values())
         alive = set(self.module.graph.nodes)
         holders = _Holders(self.module)
+        for node, plan in self.ties.items():
+            if node in plans:
+                raise Refused(f"parameter {node.target} would be cut for one role and kept whole for another", node)
+            holders.replace(attribute(self.module, node.target), plan)
+            result.notes.append(f"parameter {node.target} keeps its size; its merged KV heads are averaged in place")
         for node, new in self._whole.items():
             plan = plans[node]
             if node not in alive:
@@ -422,7 +441,8 @@ class _Builder:
         if op_name(node) in ("view", "_unsafe_view") and is_tensor(node):
             # Another attention kernel may serve the smaller shapes, and lay its output out in memory differently.
             target = torch.ops.aten.reshape.default
-        return self._emit(node, target, *args, **kwargs)
+        value = self._scaled(value_of(node), self._shape(role, node)) if depends_on_data(node) else None
+        return self._emit(node, target, *args, value=value, **kwargs)
 
     def _select(self, role: str, node: fx.Node) -> fx.Node:
         """Take the kept heads of a tensor that labels cannot cross."""

@@ -87,6 +87,11 @@ class Site:
     kinds: dict[str, Kind] = field(default_factory=dict)
     leaves: list[LeafUse] = field(default_factory=list)
     frontiers: list[tuple[str, fx.Node]] = field(default_factory=list)
+    """Nodes that are computed whole, and of which the kept heads are selected."""
+    ties: list[LeafUse] = field(default_factory=list)
+    """Parameters behind a frontier of KV heads: they keep their size, and merged heads are averaged in place."""
+    untied: dict[str, str] = field(default_factory=dict)
+    """Roles whose KV heads can be selected but not merged, and why."""
     projections: list[fx.Node] = field(default_factory=list)
     carried_outputs: list[fx.Node] = field(default_factory=list)
 
