@@ -88,6 +88,10 @@ def _head_dim(core: Core) -> int:
     return size
 
 
+class _OwnedByKV(Refused):
+    """What query heads use turns out to belong to KV heads."""
+
+
 class _Follower:
     def __init__(self, facts: GraphFacts, site: Site, count: HeadCount, forced: set[tuple[str, fx.Node]]) -> None:
         self.facts, self.site, self.count = facts, site, count
@@ -179,7 +183,21 @@ class _Follower:
         if self._demanded(back, "core"):
             if (CORE, operand.node) in self.labels:
                 return
-            self._backward(operand.node, back, f"side:{operand.node.name}", "core")
+            self._follow_side(operand.node, back)
+
+    def _follow_side(self, node: fx.Node, labels: Labels) -> None:
+        """Follow a tensor from outside; one that KV heads own (a gate made from the values) is carried once per KV
+        head and repeated where it enters."""
+        role, site = f"side:{node.name}", self.site
+        before = len(site.leaves), len(site.frontiers), len(site.projections)
+        try:
+            self._backward(node, labels, role, "core")
+        except _OwnedByKV:
+            for key in [k for k in self.labels if k[0] == role]:
+                del self.labels[key]
+            for found, count in zip((site.leaves, site.frontiers, site.projections), before, strict=True):
+                del found[count:]  # type: ignore[attr-defined]
+            self._backward(node, labels, role, "kv")
 
     def _demanded(self, labels: Labels, kind: Kind) -> bool:
         first, last = low(labels), high(labels)
@@ -367,7 +385,7 @@ class _Follower:
         if not axes:
             raise Refused(f"parameter {node.target} belongs to one head as a whole", node)
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
-            raise Refused(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
+            raise _OwnedByKV(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
         (self.site.ties if tie else self.site.leaves).append(LeafUse(node, role, axes[0], found.reshape(-1)))
 
     def _free(self, labels: Labels) -> torch.Tensor:
@@ -385,7 +403,7 @@ class _Follower:
             raise Refused(f"{reason} has heads along several dimensions", node)
         kind = self.site.kinds[role]
         if kind == "core" and not bool((single(found) | (found == EMPTY)).all()):
-            raise Refused(f"{reason} belongs to KV heads, not query heads", node)
+            raise _OwnedByKV(f"{reason} belongs to KV heads, not query heads", node)
         self.site.frontiers.append((role, node))
         if kind == "kv" or role == "q":
             self._follow(node, found, role, kind, tie=True)
@@ -461,7 +479,7 @@ class _Follower:
             return
         known[source] = other
         if self._demanded(other, "core") and (CORE, source) not in self.labels:
-            self._backward(source, other, f"side:{source.name}", "core")
+            self._follow_side(source, other)
 
     def _aligned_forward(self, node: fx.Node, description: Aligned) -> Labels | None:
         rank = len(shape_of(node))

@@ -12,11 +12,13 @@ from torch import fx
 from sqa_fx.passes.graph import constant_nodes, module_path
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import Carrier, aligned, heads, varying
-from sqa_fx.passes.ops import Move, argument, op_name, step
+from sqa_fx.passes.ops import Aligned, Move, Opaque, argument, op_name, step
 from sqa_fx.passes.site import Core, Refusal, Refused
 
 SDPA = "scaled_dot_product_attention"
-_NORMALISERS = {"softmax", "_softmax", "_safe_softmax"}
+_SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
+# What turns scores into weights elsewhere: sigmoid attention, squared relu, a softmax written out, angles.
+_WEIGHINGS = {"exp", "exp2", "sigmoid", "relu", "acos", "softplus", "hardsigmoid", "relu6"}
 
 
 @dataclass
@@ -42,21 +44,22 @@ def find_cores(facts: GraphFacts) -> Found:
 
     found = Found()
     names: dict[str, int] = {}
+    known: set[tuple[fx.Node, fx.Node]] = set()
     for node in facts.module.graph.nodes:
         name = op_name(node)
-        if name != SDPA and name not in _NORMALISERS:
+        if name != SDPA and name not in _SOFTMAX and name not in _WEIGHINGS:
             continue
         path = module_path(node) or node.name
         try:
-            core = _sdpa_core(node) if name == SDPA else _softmax_core(facts, node)
-        except Refused as refused:
-            found.refusals.append(Refusal(path, refused.reason, refused.nodes))
+            core = _sdpa_core(node) if name == SDPA else _weighed_core(facts, node)
+        except (Refused, ValueError) as error:
+            if name not in _WEIGHINGS:
+                nodes = error.nodes if isinstance(error, Refused) else (node.name,)
+                found.refusals.append(Refusal(path, str(error), nodes))
             continue
-        except ValueError as error:
-            found.refusals.append(Refusal(path, str(error), (node.name,)))
+        if core is None or (core.score, core.value) in known:
             continue
-        if core is None:
-            continue
+        known.add((core.score, core.value))
         count = names[path] = names.get(path, 0) + 1
         found.cores.append((path if count == 1 else f"{path}#{count}", core))
     return found
@@ -67,129 +70,143 @@ def _sdpa_core(node: fx.Node) -> Core:
     return Core(node, node, node, q, k, v)
 
 
-def _softmax_core(facts: GraphFacts, node: fx.Node) -> Core | None:
-    """The core around a softmax; None when the softmax is no attention (a classifier, a router, linear attention)."""
+def _weighed_core(facts: GraphFacts, node: fx.Node) -> Core | None:
+    """The core around an op that turns scores into weights; None when it is no attention (a classifier, a router,
+    linear attention, an activation function)."""
     mixers: list[fx.Node] = []
     reached = _value_contraction(facts, node, mixers)
-    scores = _score_contractions(facts, node, mixers)
-    if mixers and (reached is not None) != bool(scores):
-        raise Refused("a weight mixes the scores or probabilities of different heads (talking heads)", mixers[0])
-    if reached is None or not scores:
+    if reached is None:
         return None
-    value, probabilities = reached
-    score, path = scores[0]
-    q, k = _query_and_key(facts, node, score, path)
+    score = _score_contraction(facts, node, mixers)
+    if score is None:
+        return None
+    if mixers:
+        raise Refused("a weight mixes the scores or probabilities of different heads (talking heads)", mixers[0])
+    path = [*reached[1:], *score]
+    value, probabilities = reached[0], path[0]
     description = aligned(value)
     assert description is not None
     others = [o.node for o in description.operands[:2] if o.node is not probabilities]
     if len(others) != 1:
         raise Refused("the probabilities meet themselves, not values", value)
-    return Core(node, score, value, q, k, others[0], probabilities)
+    pair = _query_and_key(facts, value, path)
+    return Core(node, path[-1], value, *pair, others[0], probabilities) if pair is not None else None
 
 
-def _value_contraction(facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """The first contraction of the probabilities with an activation, and the operand that carries the probabilities.
+def _mixes_heads(facts: GraphFacts, node: fx.Node, found: Aligned) -> bool:
+    """True for a contraction with a weight that keeps two other dimensions apart, as one over the head axis of
+    scores does."""
+    weighted = any(o.node in facts.constants for o in found.operands[:2])
+    return found.contraction and weighted and len(shape_of(node)) >= 4
 
-    Contractions with weights that stand in the way are appended to ``mixers``.
+
+def _value_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node]) -> list[fx.Node] | None:
+    """The first contraction of the weights with an activation, and the way back from it to ``start``.
+
+    Contractions over heads that stand in the way are appended to ``mixers``.
     """
-    queue: deque[fx.Node] = deque([softmax])
-    seen = {softmax}
+    queue: deque[fx.Node] = deque([start])
+    before: dict[fx.Node, fx.Node | None] = {start: None}
     while queue:
         node = queue.popleft()
         for user in node.users:
-            if user in seen or not is_tensor(user):
-                if user not in seen and op_name(user) in ("split", "split_with_sizes", "unbind", "chunk"):
-                    seen.add(user)
+            if user in before:
+                continue
+            if not is_tensor(user):
+                if op_name(user) in ("split", "split_with_sizes", "unbind", "chunk"):
+                    before[user] = node
                     queue.append(user)
                 continue
             description = step(user)
-            if isinstance(description, Move):
-                seen.add(user)
-                queue.append(user)
-                continue
-            found = aligned(user)
-            if found is None:
-                continue
-            if not found.contraction:
-                seen.add(user)
-                queue.append(user)
-                continue
-            operand = next(o for o in found.operands if o.node is node)
-            if not any(d is not None and d < 0 for d in operand.dims):
-                continue
-            if any(o.node in facts.constants for o in found.operands[:2]):
+            if isinstance(description, Aligned) and description.contraction:
+                operand = next(o for o in description.operands if o.node is node)
+                if not any(d is not None and d < 0 for d in operand.dims):
+                    continue
+                if not any(o.node in facts.constants for o in description.operands[:2]):
+                    before[user] = node
+                    way: list[fx.Node] = []
+                    current: fx.Node | None = user
+                    while current is not None:
+                        if is_tensor(current):
+                            way.append(current)
+                        current = before[current]
+                    return way
+                if not _mixes_heads(facts, user, description):
+                    continue
                 mixers.append(user)
+            elif isinstance(description, Opaque):
                 continue
-            return user, node
+            before[user] = node
+            queue.append(user)
     return None
 
 
-def _score_contractions(
-    facts: GraphFacts, softmax: fx.Node, mixers: list[fx.Node]
-) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """Contractions of two activations that feed the softmax without another contraction between, nearest first.
+def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node]) -> list[fx.Node] | None:
+    """The way from ``start`` (excluded) back to the nearest contraction of two activations, which makes the scores.
 
-    Contractions with weights that stand in the way are appended to ``mixers``.
+    Contractions over heads that stand in the way are appended to ``mixers``.
     """
-    start = softmax.args[0]
-    assert isinstance(start, fx.Node)
-    queue: deque[tuple[fx.Node, list[fx.Node]]] = deque([(start, [softmax])])
+    queue: deque[tuple[fx.Node, list[fx.Node]]] = deque([(start, [])])
     seen = {start}
-    found = []
     while queue:
         node, path = queue.popleft()
         description = step(node)
+        sources: list[fx.Node] = []
         if isinstance(description, Move):
             sources = list(description.sources)
-        else:
-            known = aligned(node)
-            if known is None:
-                continue
-            operands = [o.node for o in known.operands]
-            if known.contraction:
-                if not any(o in facts.constants for o in operands[:2]):
-                    found.append((node, path))
-                else:
-                    mixers.append(node)
-                continue
-            sources = operands
+        elif isinstance(description, Aligned):
+            if description.contraction and node is not start:
+                if not any(o.node in facts.constants for o in description.operands[:2]):
+                    return path
+                if not _mixes_heads(facts, node, description):
+                    continue
+                mixers.append(node)
+            sources = [o.node for o in description.operands]
         for source in sources:
             if source not in seen and source not in facts.constants:
                 seen.add(source)
-                queue.append((source, [*path, node]))
-    return found
+                queue.append((source, [*path, source]))
+    return None
 
 
-def _query_and_key(facts: GraphFacts, softmax: fx.Node, score: fx.Node, path: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """Which operand of the score contraction is the query: the softmax runs over the other one's positions."""
-    rank = len(shape_of(softmax))
-    known = aligned(softmax)
+def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """Which operand of the score contraction is the query: the values are summed over the other one's positions.
+
+    ``path`` leads from the probabilities back to the score contraction. None when the values are summed over neither
+    operand's own positions.
+    """
+    known = aligned(value)
     assert known is not None
-    dim = next(iter(known.locked))
-
-    length = shape_of(softmax)[dim]
-    shape = [1] * rank
-    shape[dim] = length
+    weights = next(o for o in known.operands[:2] if o.node is path[0])
+    summed = [i for i, d in enumerate(weights.dims) if d is not None and d < 0]
+    shape = [n if i in summed else 1 for i, n in enumerate(shape_of(path[0]))]
+    length = 1
+    for n in shape:
+        length *= n
     labels = heads(torch.arange(length)).view(shape)
-    chain = [*path, score]
-    for node, source in itertools.pairwise(chain[1:]):
+    for node, source in itertools.pairwise(path):
         description = step(node)
         if isinstance(description, Move):
             labels = facts.carrier.move_backward(node, labels)[source]
         else:
-            found = aligned(node)
-            assert found is not None
-            operand = next(o for o in found.operands if o.node is source)
+            assert isinstance(description, Aligned)
+            operand = next(o for o in description.operands if o.node is source)
             labels = facts.carrier.align_backward(operand, labels)
-    contraction = aligned(score)
+    contraction = aligned(path[-1])
     assert contraction is not None
     first, second = contraction.operands[:2]
     key_dims = set(varying(labels))
     if length == 1 or not key_dims:
         return first.node, second.node
-    in_first, in_second = key_dims <= set(first.dims), key_dims <= set(second.dims)
+    own_first, own_second = (
+        {d for d in a.dims if d is not None} - {d for d in b.dims if d is not None}
+        for a, b in ((first, second), (second, first))
+    )
+    in_first, in_second = bool(key_dims & own_first), bool(key_dims & own_second)
     if in_second and not in_first:
         return first.node, second.node
     if in_first and not in_second:
         return second.node, first.node
-    raise Refused("the softmax does not run over the positions of one score operand", softmax, score)
+    if in_first and in_second:
+        raise Refused("the values are summed over positions of both score operands", value, path[-1])
+    return None

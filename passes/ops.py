@@ -340,6 +340,21 @@ def _matmul(node: fx.Node) -> Step:
     return Aligned((Operand(left, (*batch(a), lead, -1)), Operand(right, (*batch(b), -1, lead + 1))), contraction=True)
 
 
+def _cdist(node: fx.Node) -> Step:
+    left, right = node.args[0], node.args[1]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    out = shape_of(node)
+    lead = len(out) - 2
+
+    def batch(source: fx.Node) -> tuple[int | None, ...]:
+        shape = shape_of(source)
+        return _broadcast_dims(source, [*out[:lead], *shape[-2:]])[:-2]
+
+    return Aligned(
+        (Operand(left, (*batch(left), lead, -1)), Operand(right, (*batch(right), lead + 1, -1))), contraction=True
+    )
+
+
 def _addmm(node: fx.Node) -> Step:
     add, left, right = node.args[:3]
     assert isinstance(add, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
@@ -459,6 +474,8 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "mm": _matmul,
     "addmm": _addmm,
     "baddbmm": _addmm,
+    "cdist": _cdist,
+    "_cdist_forward": _cdist,
     "einsum": _einsum,
     "conv1d": _convolution,
     "conv2d": _convolution,

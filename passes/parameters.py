@@ -115,6 +115,18 @@ class Tie:
         return ParameterPlan(str(self.node.target), self.axis, (self.size, self.size), tuple(self.sites), tuple(blocks))
 
 
+def in_place(plan: ParameterPlan) -> ParameterPlan:
+    """The same cut for a parameter that stays whole: merged heads are averaged where they are, nothing is removed."""
+    blocks = [
+        HeadBlock(b.role, b.head, own, b.sources, b.replaces) for b in plan.blocks if b.head >= 0 for own in b.replaces
+    ]
+    taken = {i for b in blocks for i in from_ranges(b.to)}
+    rest = to_ranges([i for i in range(plan.size[0]) if i not in taken])
+    if rest:
+        blocks.append(HeadBlock("rest", -1, rest, (rest,), (rest,)))
+    return replace(plan, size=(plan.size[0], plan.size[0]), blocks=tuple(blocks))
+
+
 def _same(first: Sequence[HeadBlock], second: Sequence[HeadBlock]) -> bool:
     return len(first) == len(second) and all(
         (a.head, a.to, a.sources) == (b.head, b.to, b.sources) for a, b in zip(first, second, strict=True)

@@ -24,7 +24,7 @@ from sqa_fx.passes.hints import depends_on_data, hint, is_tensor, shape_of, valu
 from sqa_fx.passes.labels import EMPTY, single, varying
 from sqa_fx.passes.layout import Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
-from sqa_fx.passes.parameters import Cut, Tie, cut_tensor
+from sqa_fx.passes.parameters import Cut, Tie, cut_tensor, in_place
 from sqa_fx.passes.propagate import FakeResults
 from sqa_fx.passes.resize import Resizer
 from sqa_fx.passes.site import LeafUse, Refusal, Refused, Site
@@ -168,7 +168,6 @@ class _Parameters:
     def finish(self, result: Rewritten) -> None:
         """Cut the parameters; one that something else still reads whole stays whole and is cut in the graph."""
         plans = {node: cut.plan() for node, cut in self.cuts.items()}
-        result.parameters = (*plans.values(), *self.ties.values())
         alive = set(self.module.graph.nodes)
         holders = _Holders(self.module)
         for node, plan in self.ties.items():
@@ -181,10 +180,6 @@ class _Parameters:
             if node not in alive:
                 holders.replace(attribute(self.module, node.target), plan)
                 continue
-            if any(len(b.sources) > 1 for b in plan.blocks):
-                raise Refused(
-                    f"parameter {node.target} is read by something else too, so its KV heads cannot be merged", node
-                )
             order = [0] * plan.size[1]
             for block in plan.blocks:
                 for to, source in zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True):
@@ -195,9 +190,11 @@ class _Parameters:
             taken.meta = dict(new.meta)
             new.replace_all_uses_with(taken)
             self.module.graph.erase_node(new)
-            result.notes.append(
-                f"parameter {node.target} is used outside attention too; its heads are selected in the graph"
-            )
+            plans[node] = in_place(plan)
+            if any(len(b.replaces) > 1 for b in plan.blocks):
+                holders.replace(attribute(self.module, node.target), plans[node])
+            result.notes.append(f"parameter {node.target} is also read whole; its heads are selected in the graph")
+        result.parameters = (*plans.values(), *self.ties.values())
 
 
 class _Holders:
@@ -230,6 +227,7 @@ class _Builder:
         self.built: dict[tuple[str, fx.Node], fx.Node] = {}
         self.shapes: dict[tuple[str, fx.Node], NewShape] = {}
         self.fused: dict[fx.Node, fx.Node] = {}
+        self.repeated: dict[tuple[str, fx.Node], fx.Node] = {}
         self.projections: dict[fx.Node, fx.Node] = {}
         self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
         self.segments = {(u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves}
@@ -320,7 +318,14 @@ class _Builder:
 
     def _reach(self, role: str, node: fx.Node) -> fx.Node:
         found = self._role(node, role)
-        return node if found is None else self.build(found, node)
+        if found is None:
+            return node
+        new = self.build(found, node)
+        if role == CORE and found != CORE and self.layout.heads_of(found) != self.layout.wide:
+            if (found, node) not in self.repeated:
+                self.repeated[found, node] = self._repeat(node.next, found, node, new)
+            return self.repeated[found, node]
+        return new
 
     def _operand(self, node: fx.Node) -> fx.Node:
         """An operand of an output projection: the activations under the core role, the weight under its own."""
