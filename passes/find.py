@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from sqa_fx.passes.advice import RefusalKind
 from sqa_fx.passes.graph import constant_nodes, module_path
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import Carrier, aligned, heads, varying
@@ -50,10 +51,11 @@ def find_cores(facts: GraphFacts) -> Found:
         try:
             core = _sdpa_core(node) if name == SDPA else _softmax_core(facts, node)
         except Refused as refused:
-            found.refusals.append(Refusal(path, refused.reason, refused.nodes))
+            found.refusals.append(refused.refusal(path, node))
             continue
         except ValueError as error:
-            found.refusals.append(Refusal(path, str(error), (node.name,)))
+            kind: RefusalKind = "data-dependent size" if "depends on data" in str(error) else "other"
+            found.refusals.append(Refused(str(error), node, kind=kind).refusal(path, node))
             continue
         if core is None:
             continue
@@ -73,7 +75,11 @@ def _softmax_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     reached = _value_contraction(facts, node, mixers)
     scores = _score_contractions(facts, node, mixers)
     if mixers and (reached is not None) != bool(scores):
-        raise Refused("a weight mixes the scores or probabilities of different heads (talking heads)", mixers[0])
+        raise Refused(
+            "a weight mixes the scores or probabilities of different heads (talking heads)",
+            mixers[0],
+            kind="talking heads",
+        )
     if reached is None or not scores:
         return None
     value, probabilities = reached

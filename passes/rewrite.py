@@ -77,7 +77,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
                 try:
                     builder.prepare()
                 except Refused as reason:
-                    refused.append(Refusal(site.name, reason.reason, reason.nodes, site.heads))
+                    refused.append(reason.refusal(site.name, site.core.anchor, site.place, site.heads))
                 builders.append(builder)
         if not refused:
             break
