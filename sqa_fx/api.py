@@ -16,6 +16,7 @@ from sqa_fx.module import ConvertedModule
 from sqa_fx.passes.capture import Captured, DynamicShapes, capture, clone_graph
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
+from sqa_fx.passes.locate import named, nodes_at
 from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
 from sqa_fx.passes.rewrite import Rewritten
@@ -23,7 +24,7 @@ from sqa_fx.passes.site import Site
 from sqa_fx.passes.verify import Precision, Proof
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
-from sqa_fx.report import RefusedReport, Report, SiteReport
+from sqa_fx.report import OtherMixerReport, RefusedReport, Report, SiteReport
 from sqa_fx.request import HeadChoice, Request
 
 Model = nn.Module | torch.export.ExportedProgram
@@ -107,7 +108,10 @@ def _convert(
     converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
     if not converted:
         miss = done.refused[0]
-        raise PlanError(f"no site could be rewritten; {miss.name!r}: {miss.reason} (node {', '.join(miss.nodes)})")
+        raise PlanError(
+            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
+            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
+        )
     made = Plan(tuple(converted.values()), done.parameters)
     if given is not None and given.parameters and given.parameters != made.parameters:
         raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
@@ -233,7 +237,11 @@ def _report(
         for s in analysis.sites
         if s.name not in gone
     ]
-    report.refused = [RefusedReport(r.name, r.reason, r.nodes) for r in refused]
+    report.refused = [
+        RefusedReport(r.name, r.reason, r.nodes, r.kind, r.advice, r.place.where, r.place.source, r.node_locations)
+        for r in refused
+    ]
+    report.other_mixers = [OtherMixerReport(m.name, m.place.where, m.what) for m in analysis.other_mixers]
     if proof is not None:
         report.notes.extend(proof.notes)
     return report
@@ -286,4 +294,5 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         query_heads=plan.query_heads if plan is not None else (),
         kv_groups=plan.kv_groups if plan is not None else (),
         proof_error=error,
+        location=site.place.where,
     )
