@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import fx
 
@@ -13,9 +13,11 @@ from sqa_fx.passes.labels import aligned
 from sqa_fx.passes.ops import Aligned, Move, Operand, step
 
 
-def region(facts: GraphFacts, anchors: Iterable[fx.Node], limit: int | None = None) -> set[fx.Node]:
+def region(
+    facts: GraphFacts, anchors: Iterable[fx.Node], limit: int | None = None, through: Container[fx.Node] = ()
+) -> set[fx.Node]:
     """The nodes around attention cores as far as the projections on every side, these included; the nearest ``limit``
-    of them."""
+    of them. Projections ``through`` which it goes on are no ends."""
     anchors = list(anchors)
     found = set(anchors)
     for backward in (True, False):
@@ -32,7 +34,7 @@ def region(facts: GraphFacts, anchors: Iterable[fx.Node], limit: int | None = No
                 passes = isinstance(value_of(other), tuple | list) or (
                     is_tensor(other) and isinstance(step(other), Move | Aligned)
                 )
-                if passes and not weighted:
+                if passes and (not weighted or other in through):
                     queue.append(other)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from sqa_fx.passes.site import Site
 from sqa_fx.passes.verify import Precision, Proof
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.region_drawing import check_target, draw_regions
+from sqa_fx.region_graph import region_graphs
 from sqa_fx.report import OtherMixerReport, RefusedReport, Report, SiteReport
 from sqa_fx.request import HeadChoice, Request
 
@@ -153,13 +156,19 @@ def inspect(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    graph: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is
     converted.
 
-    Raises CaptureError, PlanError and InputError as :func:`convert` does. No attention is an empty report, not an
-    error.
+    ``graph`` is an .svg or .png file to draw the region of every site into (needs matplotlib); an existing one is
+    replaced only with ``overwrite``.
+
+    Raises CaptureError, PlanError and InputError as :func:`convert` does, MissingError for a drawing without
+    matplotlib. No attention is an empty report, not an error.
     """
+    target = check_target(graph, overwrite) if graph is not None else None
     inputs = _inputs(model, args, kwargs)
     if inputs is None:
         raise InputError(
@@ -171,6 +180,9 @@ def inspect(
     plans: dict[str, SitePlan] = {}
     if hq is not None or hkv is not None:
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, "first", "mean"))
+    if target is not None:
+        graphs, mixers = region_graphs(analysis, plans), [str(m) for m in analysis.other_mixers]
+        timings.timed("draw", lambda: draw_regions(graphs, target, left_alone=mixers, overwrite=overwrite))
     count = _parameter_count(captured.graph_module)
     return _report(captured, analysis, plans, None, None, count, timings)
 
