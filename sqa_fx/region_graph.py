@@ -52,7 +52,9 @@ def region_graphs(analysis: Analysis, plans: Mapping[str, SitePlan]) -> list[Reg
     graphs += [_refused_graph(analysis, refusal) for refusal in analysis.refusals]
     merged: dict[RegionGraph, list[RegionGraph]] = {}
     for graph in graphs:
-        merged.setdefault(replace(graph, sites=(), locations=()), []).append(graph)
+        # What makes an input of the region is no part of it: the first layer reads something else than the others.
+        boxes = tuple(replace(box, lines=box.lines[1:]) if box.role == "input" else box for box in graph.boxes)
+        merged.setdefault(replace(graph, sites=(), locations=(), boxes=boxes), []).append(graph)
     return [
         replace(
             alike[0],
