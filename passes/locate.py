@@ -37,11 +37,15 @@ class Place(NamedTuple):
 def place(node: fx.Node) -> Place:
     """Where ``node`` comes from; a node without a trace of its own (a parameter, an input) answers with the nearest one
     that has one, its users first."""
+    try:
+        here = os.getcwd()
+    except OSError:  # the current directory was removed
+        here = ""
     seen = {node}
     queue = deque([node])
     while queue and len(seen) <= _NEIGHBOURS:
         current = queue.popleft()
-        found = _of_trace(str(current.meta.get("stack_trace") or ""), os.getcwd())
+        found = _of_trace(str(current.meta.get("stack_trace") or ""), here)
         if found.where:
             return found
         inputs, users = list(current.all_input_nodes), [u for u in current.users if u.op != "output"]
