@@ -33,7 +33,7 @@ from sqa_fx.passes.labels import (
     varying,
 )
 from sqa_fx.passes.ops import Aligned, Move, Operand, argument, op_name, step
-from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site
+from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site, as_refused
 
 CORE = "core"
 
@@ -43,14 +43,14 @@ def analyse(facts: GraphFacts, name: str, core: Core) -> Site:
     try:
         return _analyse(facts, name, core)
     except ValueError as error:
-        raise Refused(str(error), core.anchor) from error
+        raise as_refused(error, core.anchor) from error
 
 
 def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
     count = count_heads(facts, core)
     total = len(count.kv_of)
     if total == 1:
-        raise Refused("one head only: nothing to drop", core.anchor)
+        raise Refused("one head only: nothing to drop", core.anchor, kind="one head")
     q_shape, k_shape = shape_of(core.q), shape_of(core.k)
     kv_len = k_shape[-2] if core.fused else shape_of(core.anchor)[-1]
     forced: set[tuple[str, fx.Node]] = set()
@@ -112,7 +112,7 @@ class _Follower:
         self._forward({core.score: score}, value)
         made = {use.role for use in site.leaves}
         if "o" not in made:
-            raise Refused("no output projection sums over the heads", core.value)
+            raise Refused("no output projection sums over the heads", core.value, kind="no output projection")
         for role in ("q", "k", "v"):
             selected = any(r == role for r, _ in site.frontiers)
             if role in site.kinds and role not in made and not selected and (site.kv_heads > 1 or role == "q"):
@@ -370,7 +370,7 @@ class _Follower:
             if not self._demanded(back, self.site.kinds[role]):
                 continue
             if (CORE, operand.node) in self.labels:
-                raise Refused("an operand depends on the attention output itself", node)
+                raise Refused("an operand depends on the attention output itself", node, kind="head mixing")
             push(operand.node, back)
 
     def _leaf(self, node: fx.Node, found: Labels, role: str, tie: bool) -> None:
@@ -379,11 +379,11 @@ class _Follower:
             found = fill_gaps(found, torch.ones((), dtype=torch.bool))
         axes = varying(found)
         if len(axes) > 1:
-            raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node)
+            raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node, kind="layout")
         if not axes and self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
             return
         if not axes:
-            raise Refused(f"parameter {node.target} belongs to one head as a whole", node)
+            raise Refused(f"parameter {node.target} belongs to one head as a whole", node, kind="layout")
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
             raise _OwnedByKV(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
         (self.site.ties if tie else self.site.leaves).append(LeafUse(node, role, axes[0], found.reshape(-1)))
@@ -398,9 +398,9 @@ class _Follower:
 
     def _frontier(self, node: fx.Node, found: Labels, role: str, reason: str) -> None:
         if role == "o" or (role in ("q", "k", "v") and node.op == "placeholder"):
-            raise Refused(f"no projection makes {role}: it comes from {reason}", node)
+            raise Refused(f"no projection makes {role}: it comes from {reason}", node, kind="cache input")
         if len(varying(found)) != 1:
-            raise Refused(f"{reason} has heads along several dimensions", node)
+            raise Refused(f"{reason} has heads along several dimensions", node, kind="opaque op")
         kind = self.site.kinds[role]
         if kind == "core" and not bool((single(found) | (found == EMPTY)).all()):
             raise _OwnedByKV(f"{reason} belongs to KV heads, not query heads", node)
@@ -447,7 +447,7 @@ class _Follower:
                     continue
                 if not isinstance(node.meta.get("val"), tuple | list):
                     continue
-                raise Refused(f"heads reach {node.target}", node)
+                raise Refused(f"heads reach {node.target}", node, kind="opaque op")
             found = self._step_forward(node)
             if found is not None:
                 self.labels[CORE, node] = found
@@ -465,7 +465,7 @@ class _Follower:
             filled = fill_gaps(moved, torch.ones((), dtype=torch.bool))
             return compress(torch.where(filled == EMPTY, self.all_heads, filled))
         if not isinstance(description, Aligned):
-            raise Refused(f"heads reach {description.reason}", node)
+            raise Refused(f"heads reach {description.reason}", node, kind="opaque op")
         return self._aligned_forward(node, description)
 
     def _missing_source(self, node: fx.Node, source: fx.Node, known: dict[fx.Node, Labels]) -> None:
@@ -493,11 +493,11 @@ class _Follower:
                 self._sums_heads(node, description, operand, labels)
                 return None
             if result is not None and not bool((result == moved).all()):
-                raise Refused("heads are combined with each other", node)
+                raise Refused("heads are combined with each other", node, kind="heads combined")
             result = moved
         assert result is not None
         if any(result.size(d) > 1 for d in description.locked):
-            raise Refused("a norm or softmax runs across heads", node)
+            raise Refused("a norm or softmax runs across heads", node, kind="norm across heads")
         for operand in description.operands:
             if (CORE, operand.node) not in self.labels:
                 self._side(operand, result)
@@ -508,13 +508,13 @@ class _Follower:
         after_values = (CORE, self.site.core.value) in self.labels
         weights = [o for o in description.operands[:2] if o.node in self.facts.constants]
         if not description.contraction or not weights:
-            raise Refused("heads are summed or reduced together", node)
+            raise Refused("heads are summed or reduced together", node, kind="norm across heads")
         if not after_values or self._before_values(node):
-            raise Refused("heads are mixed before the values (talking heads)", node)
+            raise Refused("heads are mixed before the values (talking heads)", node, kind="talking heads")
         weight = weights[0]
         head_letters = {operand.dims[i] for i in varying(labels)}
         if any(d is None or d >= 0 for d in head_letters):
-            raise Refused("the output projection keeps heads apart and sums them at once", node)
+            raise Refused("the output projection keeps heads apart and sums them at once", node, kind="layout")
         shape = [1] * len(weight.dims)
         sources = []
         for i, d in enumerate(weight.dims):
@@ -526,7 +526,7 @@ class _Follower:
         back = labels.permute(*sources, *rest).reshape(shape)
         self.site.projections.append(node)
         if ("o", weight.node) in self.labels:
-            raise Refused("one weight projects the heads out twice", node)
+            raise Refused("one weight projects the heads out twice", node, kind="shared weights")
         self._backward(weight.node, back.contiguous(), "o", "core")
 
     def _before_values(self, node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from sqa_fx.passes.graph import constant_nodes, module_path
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import Carrier, aligned, heads, varying
 from sqa_fx.passes.ops import Aligned, Move, Opaque, argument, op_name, step
-from sqa_fx.passes.site import Core, Refusal, Refused
+from sqa_fx.passes.site import Core, Refusal, Refused, as_refused
 
 SDPA = "scaled_dot_product_attention"
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
@@ -54,8 +54,7 @@ def find_cores(facts: GraphFacts) -> Found:
             core = _sdpa_core(node) if name == SDPA else _weighed_core(facts, node)
         except (Refused, ValueError) as error:
             if name not in _WEIGHINGS:
-                nodes = error.nodes if isinstance(error, Refused) else (node.name,)
-                found.refusals.append(Refusal(path, str(error), nodes))
+                found.refusals.append(as_refused(error, node).refusal(path, node))
             continue
         if core is None or (core.score, core.value) in known:
             continue
@@ -81,14 +80,18 @@ def _weighed_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     if score is None:
         return None
     if mixers:
-        raise Refused("a weight mixes the scores or probabilities of different heads (talking heads)", mixers[0])
+        raise Refused(
+            "a weight mixes the scores or probabilities of different heads (talking heads)",
+            mixers[0],
+            kind="talking heads",
+        )
     path = [*reached[1:], *score]
     value, probabilities = reached[0], path[0]
     description = aligned(value)
     assert description is not None
     others = [o.node for o in description.operands[:2] if o.node is not probabilities]
     if len(others) != 1:
-        raise Refused("the probabilities meet themselves, not values", value)
+        raise Refused("the probabilities meet themselves, not values", value, kind="head mixing")
     pair = _query_and_key(facts, value, path)
     return Core(node, path[-1], value, *pair, others[0], probabilities) if pair is not None else None
 
@@ -208,5 +211,7 @@ def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tu
     if in_first and not in_second:
         return second.node, first.node
     if in_first and in_second:
-        raise Refused("the values are summed over positions of both score operands", value, path[-1])
+        raise Refused(
+            "the values are summed over positions of both score operands", value, path[-1], kind="head mixing"
+        )
     return None

@@ -97,7 +97,7 @@ def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
     v = _operand_classes(facts, core.v, v_operand, shared, out_rank, values=True)
     pairs, crossing = facts.carrier.align_forward(p_operand, _as_labels(carried), out_rank)
     if crossing:
-        raise Refused("heads are mixed between the scores and the values", core.value)
+        raise Refused("heads are mixed between the scores and the values", core.value, kind="head mixing")
     pairs, v = _same_shape(_as_numbers(pairs), v)
     heads, tables = _number(pairs // width, pairs % width, v)
     q_table = torch.zeros(int(q.max()) + 1, dtype=torch.long)
@@ -154,7 +154,7 @@ def _as_labels(numbers: Tensor) -> Tensor:
 def _as_numbers(labels: Tensor) -> Tensor:
 
     if not bool(single(labels).all()):
-        raise Refused("heads are mixed between the scores and the values")
+        raise Refused("heads are mixed between the scores and the values", kind="head mixing")
     return low(labels)
 
 
@@ -183,9 +183,9 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
             if operand.node in values:
                 values[node], crossing = facts.carrier.align_forward(operand, values[operand.node], len(shape_of(node)))
                 if crossing:
-                    raise Refused("heads are mixed between the scores and the values", node)
+                    raise Refused("heads are mixed between the scores and the values", node, kind="head mixing")
                 if any(values[node].size(d) > 1 for d in found.locked):
-                    raise Refused("the normaliser runs across heads", node)
+                    raise Refused("the normaliser runs across heads", node, kind="norm across heads")
                 break
     if core.probabilities not in values:
         raise Refused("no way from the scores to the probabilities", core.anchor)
@@ -243,7 +243,9 @@ def _operand_classes(
         if finest == 1:
             continue
         if positions and _depends(numbers, positions, batch, inner):
-            raise Refused("the channels of a head lie along positions (channel attention)", node)
+            raise Refused(
+                "the channels of a head lie along positions (channel attention)", node, kind="channel attention"
+            )
         kept = flat[:, counts == finest]
         classes = Classes(int(numbers.max()) + 1)
         classes.unite(kept, kept[:, :1])

@@ -122,7 +122,9 @@ class Layout:
                         sizes[dims[0]], sizes[dims[1]] = self.heads_of(role), per_head
                         return NewShape(shape, tuple(sizes), None, tuple(dims))
         raise Refused(
-            f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})", node
+            f"the kept heads do not form a regular axis here (along dimensions {dims} of {list(shape)})",
+            node,
+            kind="layout",
         )
 
     def _block_rows(self, grid: Tensor, empty: Tensor) -> int:

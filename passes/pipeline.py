@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from sqa_fx.passes.check import check_graph
 from sqa_fx.passes.choose import check_fit, choose, weight_scores
 from sqa_fx.passes.demand import analyse
 from sqa_fx.passes.find import GraphFacts, find_cores
+from sqa_fx.passes.locate import location, named, nodes_at, place
+from sqa_fx.passes.mixers import OtherMixer, other_mixers
 from sqa_fx.passes.rewrite import Rewritten, rewrite
 from sqa_fx.passes.simplify import simplify
 from sqa_fx.passes.site import Refusal, Refused, Site
@@ -48,24 +51,30 @@ class Analysis:
     facts: GraphFacts
     sites: list[Site]
     refusals: list[Refusal]
+    other_mixers: list[OtherMixer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def require_sites(self) -> None:
         """Raise NoAttentionError, naming the nearest miss, when nothing can be converted."""
         if self.sites:
             return
+        others = "".join(f"; seen instead: {m}" for m in self.other_mixers[:1])
+        if len(self.other_mixers) > 1:
+            others += f", and {len(self.other_mixers) - 1} more"
         if not self.refusals:
             raise NoAttentionError(
                 "no attention found: the graph holds no scaled_dot_product_attention, and no softmax "
-                "between two products of "
-                "activations"
+                f"between two products of activations{others}"
             )
         miss = self.refusals[0]
         more = f" ({len(self.refusals) - 1} more sites were refused)" if len(self.refusals) > 1 else ""
         raise NoAttentionError(
-            f"no convertible attention found; nearest miss: {miss.name!r}, refused because {miss.reason}"
-            + (f", at node {', '.join(miss.nodes)}" if miss.nodes else "")
+            f"no convertible attention found; nearest miss: {named(miss.name, miss.place)}, refused because "
+            + miss.reason
+            + (f", at node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}" if miss.nodes else "")
+            + f"; to convert: {miss.advice}"
             + more
+            + others
         )
 
 
@@ -76,10 +85,13 @@ def find_sites(module: fx.GraphModule) -> Analysis:
     sites, refusals = [], list(found.refusals)
     for name, core in found.cores:
         try:
-            sites.append(analyse(facts, name, core))
+            site = analyse(facts, name, core)
         except Refused as refused:
-            refusals.append(Refusal(name, refused.reason, refused.nodes))
-    return Analysis(facts, sites, refusals)
+            refusals.append(refused.refusal(name, core.anchor))
+            continue
+        site.place = place(core.anchor)
+        sites.append(site)
+    return Analysis(facts, sites, refusals, other_mixers(facts, sites, refusals))
 
 
 def make_plan(
@@ -89,7 +101,10 @@ def make_plan(
     names = [s.name for s in analysis.sites]
     check_patterns(hq, names, "hq")
     check_patterns(hkv, names, "hkv")
-    wanted = {s.name: resolve(s.name, s.heads, s.kv_heads, hq, hkv) for s in analysis.sites}
+    wanted = {}
+    for s in analysis.sites:
+        with _located(s):
+            wanted[s.name] = resolve(s.name, s.heads, s.kv_heads, hq, hkv)
     rounded = [rounding(s.name, s.heads, s.kv_heads, hq, hkv) for s in analysis.sites]
     analysis.notes.extend(note for note in rounded if note)
     plans: dict[str, SitePlan] = {}
@@ -109,8 +124,20 @@ def make_plan(
                     if scores is None or len(scores) == site.heads
                     else weight_scores(analysis.facts.module, site)
                 )
-                plans[site.name] = choose(site, *numbers, own, heads_by, kv_merge)
+                with _located(site):
+                    plans[site.name] = choose(site, *numbers, own, heads_by, kv_merge)
     return plans
+
+
+@contextlib.contextmanager
+def _located(site: Site) -> Iterator[None]:
+    """Add the line of ``site`` to a PlanError about it."""
+    try:
+        yield
+    except PlanError as error:
+        if site.place.where:
+            raise PlanError(f"{error} (the site is at {site.place.where})") from error
+        raise
 
 
 def _tied(sites: Sequence[Site]) -> list[list[Site]]:
@@ -144,7 +171,8 @@ def fit_plan(analysis: Analysis, plan: Plan) -> dict[str, SitePlan]:
             raise PlanError(
                 f"the plan names site {entry.name!r}, which this model does not have; it has: {', '.join(sites)}"
             )
-        check_fit(sites[entry.name], entry)
+        with _located(sites[entry.name]):
+            check_fit(sites[entry.name], entry)
     return {entry.name: entry for entry in plan.sites}
 
 
@@ -155,7 +183,8 @@ def run_passes(analysis: Analysis, plans: dict[str, SitePlan], timings: Timings)
         result = timings.timed("rewrite", lambda: rewrite(analysis.facts, analysis.sites, plans))
     except Refused as refused:
         raise PlanError(
-            f"the request cannot be carried out: {refused.reason} (node {', '.join(refused.nodes)})"
+            f"the request cannot be carried out: {refused.reason} "
+            f"(node {nodes_at(refused.nodes, [location(n) for n in refused.at])})"
         ) from refused
     check_graph(module, "rewrite")
     renamed = timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))

@@ -76,7 +76,7 @@ class Resizer:
         elif name in ("index", "index_select") and source is not None:
             self._index(maker, name, args, out, source)
         elif name in _ALONG_DIMENSIONS and source is not None and self._touches(maker, source):
-            raise Refused(f"{name} runs along the head axis", node)
+            raise Refused(f"{name} runs along the head axis", node, kind="layout")
         return maker.target, tuple(args), kwargs
 
     @staticmethod
@@ -113,22 +113,22 @@ class Resizer:
         if name == "slice" and source.old == out.old:
             return torch.ops.aten.alias.default, (args[0],), {}
         if not isinstance(value_of(_first(maker)).shape[dim], int):
-            raise Refused(f"{name} cuts heads that are folded with a dimension of free size", node)
+            raise Refused(f"{name} cuts heads that are folded with a dimension of free size", node, kind="layout")
         if source.kept is None:
             # In a grid of heads only the entries of this role are left: a part that holds them all is the whole.
             if name in ("select", "unbind") or source.new[dim] != out.new[dim]:
-                raise Refused(f"{name} cuts a grid of heads", node)
+                raise Refused(f"{name} cuts a grid of heads", node, kind="layout")
             return torch.ops.aten.alias.default, (args[0],), {}
         kept = source.kept[dim]
         if name in ("select", "unbind"):
             index = int(concrete(argument(maker, "index"))) if name == "select" else _position(node)
             index %= source.old[dim]
             if not bool(kept[index]):
-                raise Refused("a single head is taken out by number", node)
+                raise Refused("a single head is taken out by number", node, kind="heads combined")
             return torch.ops.aten.select.int, (args[0], dim, int(kept[:index].sum())), {}
         start, step = self._start(node, maker, name, dim, source)
         if step != 1:
-            raise Refused("a strided slice runs along the head axis", node)
+            raise Refused("a strided slice runs along the head axis", node, kind="layout")
         begin = int(kept[:start].sum())
         return torch.ops.aten.slice.Tensor, (args[0], dim, begin, begin + out.new[dim]), {}
 
@@ -166,16 +166,20 @@ class Resizer:
         if not any(source.changes(d) for d in dims):
             return
         if not isinstance(value_of(_first(maker)).shape[dims[0]], int):
-            raise Refused("an index runs over heads that are folded with a dimension of free size", maker)
+            raise Refused(
+                "an index runs over heads that are folded with a dimension of free size", maker, kind="layout"
+            )
         index = self.index_value(holder[position])
         if source.kept is None or out.kept is None or len(dims) > 1 or index is None or index.dim() != 1:
-            raise Refused("heads are gathered by an index that is not a fixed list", maker)
+            raise Refused(
+                "heads are gathered by an index that is not a fixed list", maker, kind="data-dependent routing"
+            )
         kept = source.kept[dims[0]]
         out_kept = out.kept.get(dims[0], torch.ones(index.numel(), dtype=torch.bool))
         place = torch.cumsum(kept.long(), 0) - 1
         chosen = index[out_kept]
         if not bool(kept[chosen].all()):
-            raise Refused("an index repeats heads in an order that merged heads cannot follow", maker)
+            raise Refused("an index repeats heads in an order that merged heads cannot follow", maker, kind="layout")
         holder[position] = self.constant(place[chosen])
 
 

@@ -91,7 +91,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
                 try:
                     builder.prepare()
                 except Refused as reason:
-                    refused.append(Refusal(site.name, reason.reason, reason.nodes, site.heads))
+                    refused.append(reason.refusal(site.name, site.core.anchor, site.place, site.heads))
                 builders.append(builder)
         if not refused:
             break
@@ -172,7 +172,11 @@ class _Parameters:
         holders = _Holders(self.module)
         for node, plan in self.ties.items():
             if node in plans:
-                raise Refused(f"parameter {node.target} would be cut for one role and kept whole for another", node)
+                raise Refused(
+                    f"parameter {node.target} would be cut for one role and kept whole for another",
+                    node,
+                    kind="shared weights",
+                )
             holders.replace(attribute(self.module, node.target), plan)
             result.notes.append(f"parameter {node.target} keeps its size; its merged KV heads are averaged in place")
         for node, new in self._whole.items():
@@ -240,7 +244,7 @@ class _Builder:
             self.projections[node] = self._copy(node, self._operand)
         for node in self.site.carried_outputs:
             if len(varying(self.site.labels[CORE, node])) != 1:
-                raise Refused("an output of the model has heads along several dimensions", node)
+                raise Refused("an output of the model has heads along several dimensions", node, kind="layout")
             self.build(CORE, node)
 
     def _output_projections(self) -> list[fx.Node]:
@@ -354,7 +358,9 @@ class _Builder:
             new.meta["val"] = self.parameters.fakes.run(target, *values)
         except Exception as error:
             self.graph.erase_node(new)
-            raise Refused(f"{target} does not take the smaller shapes: {str(error).splitlines()[0]}", before) from error
+            raise Refused(
+                f"{target} does not take the smaller shapes: {str(error).splitlines()[0]}", before, kind="opaque op"
+            ) from error
         return new
 
     @staticmethod
@@ -420,7 +426,7 @@ class _Builder:
                     (dim >= 0 and size not in (1, out[dim]))
                     or (dim < 0 and description.contraction and inner.setdefault(dim, size) != size)
                 ):
-                    raise Refused(f"{node.target} does not take the smaller shapes", node)
+                    raise Refused(f"{node.target} does not take the smaller shapes", node, kind="opaque op")
 
     def _resizer(self, node: fx.Node) -> Resizer:
         return Resizer(
@@ -462,9 +468,9 @@ class _Builder:
         run = _run_length(line)
         period = line[::run][: self.site.heads]
         if run > 1 and line.numel() != run * len(period):
-            raise Refused("heads are interleaved with dimensions of free size", node)
+            raise Refused("heads are interleaved with dimensions of free size", node, kind="layout")
         if not bool((line.reshape(-1, len(period), run) == period[:, None]).all()):
-            raise Refused("heads are not regular along a dimension of free size", node)
+            raise Refused("heads are not regular along a dimension of free size", node, kind="layout")
         sizes = [-1, len(period)] if run == 1 else [len(period), -1]
         inner = dim + (run == 1)
         index = self.parameters.constant(torch.tensor(self.layout.kept_entries(period, role)))
@@ -567,7 +573,7 @@ class _Builder:
         dims = varying(labels)
         if len(dims) != 1:
             if self.site.core.fused:
-                raise Refused("heads lie along two dimensions of the attention", old)
+                raise Refused("heads lie along two dimensions of the attention", old, kind="layout")
             return new
         dim, times = dims[0], self.layout.wide // self.layout.heads_of(role)
         run = _run_length(labels.reshape(-1))
@@ -576,7 +582,7 @@ class _Builder:
         if run > 1:
             heads = self.layout.heads_of(role)
             if labels.numel() != run * self.site.heads:
-                raise Refused("heads are interleaved with other dimensions on both sides", old)
+                raise Refused("heads are interleaved with other dimensions on both sides", old, kind="layout")
             sizes = [heads, -1]
             new = emit(before, torch.ops.aten.unflatten.int, new, dim, sizes)
         new = emit(before, torch.ops.aten.unsqueeze.default, new, dim + 1)

@@ -7,31 +7,61 @@ from typing import Literal
 
 from torch import fx
 
+from sqa_fx.passes.advice import ADVICE, RefusalKind
 from sqa_fx.passes.labels import Labels
+from sqa_fx.passes.locate import Place, location, place
 
 Kind = Literal["core", "kv"]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A site that cannot be converted: falsy, with the reason and the nodes that stand in the way."""
+    """A site that cannot be converted: falsy, with the reason, its kind, and the nodes that stand in the way.
+
+    ``place`` is the line of the attention itself, ``node_locations`` those of ``nodes`` ("file.py:123", '' when
+    unknown).
+    """
 
     name: str
     reason: str
     nodes: tuple[str, ...] = ()
     heads: int | None = None
+    kind: RefusalKind = "other"
+    place: Place = field(default_factory=Place)
+    node_locations: tuple[str, ...] = ()
+    anchor: fx.Node | None = field(default=None, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return False
+
+    @property
+    def advice(self) -> str:
+        """What would make the site convertible."""
+        return ADVICE[self.kind]
 
 
 class Refused(Exception):
     """Raised inside the analysis of one site; becomes a Refusal in the report."""
 
-    def __init__(self, reason: str, *nodes: fx.Node) -> None:
+    def __init__(self, reason: str, *nodes: fx.Node, kind: RefusalKind = "other") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.at = nodes
         self.nodes = tuple(n.name for n in nodes)
+        self.kind: RefusalKind = kind
+
+    def refusal(self, name: str, anchor: fx.Node, at: Place | None = None, heads: int | None = None) -> Refusal:
+        """What the report says of site ``name`` around ``anchor``; ``at`` is its line, if known already."""
+        places = tuple(location(n) for n in self.at)
+        return Refusal(name, self.reason, self.nodes, heads, self.kind, at or place(anchor), places, anchor)
+
+
+def as_refused(error: Refused | ValueError, node: fx.Node) -> Refused:
+    """A refusal for ``error``, at ``node`` when it names none (a size that depends on data)."""
+    if isinstance(error, Refused):
+        return error
+    kind: RefusalKind = "data-dependent size" if "depends on data" in str(error) else "other"
+    return Refused(str(error), node, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -70,7 +100,7 @@ class Site:
 
     ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers (order of appearance) of canonical ones.
     ``labels`` holds, per role and node, which heads each element serves; ``kinds`` whether a role counts query heads
-    (``core``) or KV heads (``kv``).
+    (``core``) or KV heads (``kv``). ``place`` is the line of source that the core comes from.
     """
 
     name: str
@@ -83,6 +113,7 @@ class Site:
     head_dim: int
     q_len: int
     kv_len: int
+    place: Place = field(default_factory=Place)
     labels: dict[tuple[str, fx.Node], Labels] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     leaves: list[LeafUse] = field(default_factory=list)

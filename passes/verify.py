@@ -19,6 +19,7 @@ from sqa_fx.errors import VerifyError
 from sqa_fx.passes.evaluate import size_at, size_hints
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import value_of
+from sqa_fx.passes.locate import named, place
 from sqa_fx.passes.parameters import mean
 from sqa_fx.plan import Plan, from_ranges
 
@@ -243,8 +244,10 @@ def _compare(
             worst = max(worst, distance(e, r))
     bad = next((p for p in proofs if not p.error <= tolerance), None)
     if bad is not None:
+        output = next(n for n in original.graph.nodes if n.name == outputs[bad.name][0])
         raise VerifyError(
-            f"the rewritten graph differs from the masked original, first at site {bad.name!r}: relative error "
+            f"the rewritten graph differs from the masked original, first at site {named(bad.name, place(output))}: "
+            "relative error "
             f"{bad.error:.3g}, tolerance {tolerance:.3g} ({'float64' if wide else lowest}). The model was "
             "not converted; "
             "please report the site, and leave it out with a mapping of site patterns"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sqa_fx.module import ConvertedModule
 from sqa_fx.passes.capture import Captured, DynamicShapes, capture, clone_graph
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
+from sqa_fx.passes.locate import named, nodes_at
 from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
 from sqa_fx.passes.rewrite import Rewritten
@@ -23,7 +25,9 @@ from sqa_fx.passes.site import Site
 from sqa_fx.passes.verify import Precision, Proof
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
-from sqa_fx.report import RefusedReport, Report, SiteReport
+from sqa_fx.region_drawing import check_target, draw_regions
+from sqa_fx.region_graph import region_graphs
+from sqa_fx.report import OtherMixerReport, RefusedReport, Report, SiteReport
 from sqa_fx.request import HeadChoice, Request
 
 Model = nn.Module | torch.export.ExportedProgram
@@ -107,7 +111,10 @@ def _convert(
     converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
     if not converted:
         miss = done.refused[0]
-        raise PlanError(f"no site could be rewritten; {miss.name!r}: {miss.reason} (node {', '.join(miss.nodes)})")
+        raise PlanError(
+            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
+            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
+        )
     made = Plan(tuple(converted.values()), done.parameters)
     if given is not None and given.parameters and given.parameters != made.parameters:
         raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
@@ -149,13 +156,19 @@ def inspect(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    graph: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is
     converted.
 
-    Raises CaptureError, PlanError and InputError as :func:`convert` does. No attention is an empty report, not an
-    error.
+    ``graph`` is an .svg or .png file to draw the region of every site into (needs matplotlib); an existing one is
+    replaced only with ``overwrite``.
+
+    Raises CaptureError, PlanError and InputError as :func:`convert` does, MissingError for a drawing without
+    matplotlib. No attention is an empty report, not an error.
     """
+    target = check_target(graph, overwrite) if graph is not None else None
     inputs = _inputs(model, args, kwargs)
     if inputs is None:
         raise InputError(
@@ -167,6 +180,9 @@ def inspect(
     plans: dict[str, SitePlan] = {}
     if hq is not None or hkv is not None:
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, "first", "mean"))
+    if target is not None:
+        graphs, mixers = region_graphs(analysis, plans), [str(m) for m in analysis.other_mixers]
+        timings.timed("draw", lambda: draw_regions(graphs, target, left_alone=mixers, overwrite=overwrite))
     count = _parameter_count(captured.graph_module)
     return _report(captured, analysis, plans, None, None, count, timings)
 
@@ -233,7 +249,11 @@ def _report(
         for s in analysis.sites
         if s.name not in gone
     ]
-    report.refused = [RefusedReport(r.name, r.reason, r.nodes) for r in refused]
+    report.refused = [
+        RefusedReport(r.name, r.reason, r.nodes, r.kind, r.advice, r.place.where, r.place.source, r.node_locations)
+        for r in refused
+    ]
+    report.other_mixers = [OtherMixerReport(m.name, m.place.where, m.what) for m in analysis.other_mixers]
     if proof is not None:
         report.notes.extend(proof.notes)
     return report
@@ -286,4 +306,5 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         query_heads=plan.query_heads if plan is not None else (),
         kv_groups=plan.kv_groups if plan is not None else (),
         proof_error=error,
+        location=site.place.where,
     )

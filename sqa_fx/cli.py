@@ -45,10 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser(
-        "inspect", help="list the attention sites of a model and what a conversion would save"
+        "inspect", help="list the attention sites of a model, where they are, and what a conversion would save"
     )
     cli_convert.add_model(inspect)
     cli_convert.add_request(inspect)
+    inspect.add_argument(
+        "--graph", type=Path, metavar="FILE", help="draw the region of every site into this .svg or .png"
+    )
     inspect.set_defaults(run=cli_convert.run_inspect)
 
     convert = commands.add_parser("convert", help="convert a model, prove the result and save it")
@@ -81,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies into this .png")
     bench.set_defaults(run=cli_compare.run_bench)
 
-    for command in (convert, export, bench):
+    for command in (inspect, convert, export, bench):
         command.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
     for command in (inspect, convert, export, validate, bench):
         command.add_argument("--json", action="store_true", help="print JSON, errors too")

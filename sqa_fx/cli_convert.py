@@ -16,6 +16,7 @@ from sqa_fx.cli_values import head_choice, one_input_set, request, to_json
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.models import load_model
 from sqa_fx.progress import steps
+from sqa_fx.region_drawing import check_target
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +50,21 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """``sqa-fx inspect``: the attention sites of a model, and what a conversion would save."""
+    if options.graph is not None:
+        check_target(options.graph, options.overwrite)
     loaded = load_model(options.model, pretrained=options.pretrained)
     args, kwargs = one_input_set(loaded, options.input)
     hq, hkv = request(options.hq, "--hq"), request(options.hkv, "--hkv")
     with _without_partial_graphs(options.debug):
-        report = sqa_fx.inspect(loaded.module, hq=hq, hkv=hkv, args=args, kwargs=kwargs)
+        report = sqa_fx.inspect(
+            loaded.module,
+            hq=hq,
+            hkv=hkv,
+            args=args,
+            kwargs=kwargs,
+            graph=options.graph,
+            overwrite=options.overwrite,
+        )
     print(to_json(report.to_json()) if options.json else report.table())
     return 0
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sqa_fx.passes.locate import nodes_at
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -13,7 +15,7 @@ class SiteReport:
 
     ``flops_before``/``flops_after`` count the two attention products at the example inputs: 4 * batch * heads * q_len *
     kv_len * head_dim (two multiply-adds per score and value element). ``kv_bytes_*`` are bytes of K and V per token
-    of context.
+    of context. ``location`` is the line of source that computes the attention, "file.py:123", '' when unknown.
     """
 
     name: str
@@ -32,15 +34,43 @@ class SiteReport:
     query_heads: tuple[int, ...] = ()
     kv_groups: tuple[tuple[int, ...], ...] = ()
     proof_error: float | None = None
+    location: str = ""
 
 
 @dataclass(frozen=True)
 class RefusedReport:
-    """One site that stays as it was, with the reason and the nodes in its way."""
+    """One site that stays as it was, with the reason and the nodes in its way.
+
+    ``location`` ("file.py:123") and ``source`` are the line that computes the attention, ``node_locations`` the lines
+    of ``nodes``; '' when unknown. ``kind`` is one of a fixed set of names (``sqa_fx.passes.advice.ADVICE``), and
+    ``advice`` what would make the site convertible.
+    """
 
     name: str
     reason: str
     nodes: tuple[str, ...]
+    kind: str = "other"
+    advice: str = ""
+    location: str = ""
+    source: str = ""
+    node_locations: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """The refusal as one line of text."""
+        at = f" ({self.location})" if self.location else ""
+        nodes = nodes_at(self.nodes, self.node_locations, self.location)
+        advice = f"; to convert: {self.advice}" if self.advice else ""
+        return f"refused {self.name}{at}: {self.reason}" + (f" (node {nodes})" if nodes else "") + advice
+
+
+@dataclass(frozen=True)
+class OtherMixerReport:
+    """A module that mixes positions by other means than softmax attention (recurrent, state-space, linear attention):
+    seen and left alone."""
+
+    name: str
+    location: str
+    what: str
 
 
 @dataclass
@@ -49,6 +79,7 @@ class Report:
 
     sites: list[SiteReport] = field(default_factory=list)
     refused: list[RefusedReport] = field(default_factory=list)
+    other_mixers: list[OtherMixerReport] = field(default_factory=list)
     parameters_before: int = 0
     parameters_after: int = 0
     dynamic: tuple[str, ...] = ()
@@ -81,7 +112,10 @@ class Report:
             fields = dict(entry, query_heads=tuple(entry["query_heads"]))
             fields["kv_groups"] = tuple(tuple(g) for g in entry["kv_groups"])
             report.sites.append(SiteReport(**fields))
-        report.refused = [RefusedReport(e["name"], e["reason"], tuple(e["nodes"])) for e in data["refused"]]
+        for entry in data["refused"]:
+            places = tuple(entry.get("node_locations", ()))
+            report.refused.append(RefusedReport(**dict(entry, nodes=tuple(entry["nodes"]), node_locations=places)))
+        report.other_mixers = [OtherMixerReport(**entry) for entry in data.get("other_mixers", ())]
         report.parameters_before = int(data["parameters_before"])
         report.parameters_after = int(data["parameters_after"])
         report.dynamic, report.static = tuple(data["dynamic"]), tuple(data["static"])
@@ -91,7 +125,17 @@ class Report:
 
     def table(self) -> str:
         """The report as text."""
-        rows = [("site", "query heads", "KV heads", "attention GFLOPs", "KV bytes/token", "attention", "proof error")]
+        head = (
+            "site",
+            "query heads",
+            "KV heads",
+            "attention GFLOPs",
+            "KV bytes/token",
+            "attention",
+            "proof error",
+            "at",
+        )
+        rows = [head]
         for s in self.sites:
             rows.append(
                 (
@@ -102,6 +146,7 @@ class Report:
                     f"{s.kv_bytes_before} -> {s.kv_bytes_after}",
                     s.attention,
                     "-" if s.proof_error is None else f"{s.proof_error:.1e}",
+                    s.location,
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -114,8 +159,10 @@ class Report:
             lines.append(f"dynamic inputs: {', '.join(self.dynamic)}")
         if self.static:
             lines.append(f"static inputs: {', '.join(self.static)}")
-        for r in self.refused:
-            lines.append(f"refused {r.name}: {r.reason}" + (f" (node {', '.join(r.nodes)})" if r.nodes else ""))
+        lines.extend(refused.line() for refused in self.refused)
+        for mixer in self.other_mixers:
+            at = f" ({mixer.location})" if mixer.location else ""
+            lines.append(f"left alone {mixer.name}{at}: {mixer.what}")
         if self.proof is not None:
             lines.append(
                 f"proved against the masked original in {self.proof['precision']}: relative error "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -103,9 +105,37 @@ def test_inspect(model: Callable[[str], str], capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "first" in out and "second" in out
     report = run_json(capsys, "inspect", model("make"))
-    expected = json.loads(json.dumps(sqa_fx.inspect(small(), args=(torch.randn(2, 5, 24),)).to_json()))
+    module = importlib.import_module(model("make").partition(":")[0]).silent().eval()
+    expected = json.loads(json.dumps(sqa_fx.inspect(module, args=(torch.randn(2, 5, 24),)).to_json()))
     assert report.pop("milliseconds").keys() == expected.pop("milliseconds").keys()
     assert report == expected
+    line = MODEL.splitlines().index(next(text for text in MODEL.splitlines() if "dot_product" in text)) + 1
+    assert [site["location"] for site in report["sites"]] == [f"{model('make').partition(':')[0]}.py:{line}"] * 2
+    assert f".py:{line}" in out
+
+
+def test_inspect_draws(model: Callable[[str], str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["inspect", model("make"), "--hq", "2", "--graph", "regions.svg"]
+    assert main(arguments) == 0
+    drawn = Path("regions.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert "first" in drawn and "second" in drawn
+    capsys.readouterr()
+    Path("regions.svg").write_text("mine")
+    assert main(arguments) == 2
+    assert "regions.svg exists" in capsys.readouterr().err
+    assert Path("regions.svg").read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert Path("regions.svg").read_text() == drawn
+    assert main(["inspect", model("make"), "--graph", "no/such.svg"]) == 2
+    assert main(["inspect", model("make"), "--graph", "regions.txt"]) == 2
+    before = files()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert main(["inspect", model("make"), "--graph", "other.svg"]) == 3
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert files() == before
 
 
 def small() -> torch.nn.Module:
