@@ -125,7 +125,11 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def eager_error(model: nn.Module, converted: nn.Module, kwargs: Mapping[str, Any]) -> tuple[float | None, str]:
-    """Largest difference over the largest value: the masked original module against the converted one, in eval mode."""
+    """Largest difference over the largest value: the masked original module against the converted one, in eval mode.
+
+    torch's native encoder fast path is off: it writes zeros where tokens are padded, and its own plain path does not.
+    """
+    torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad():
         if model.training:
             model.eval()

@@ -23,7 +23,8 @@ RefusalKind = Literal[
 
 ADVICE: dict[RefusalKind, str] = {
     "norm across heads": (
-        "normalise every head by itself, over head_dim only, and fine-tune; a norm over all heads changes when heads go"
+        "allow_inexact=True (--allow-inexact), which lets the norm or mean run over the kept heads only; or normalise "
+        "every head by itself, over head_dim only"
     ),
     "talking heads": (
         "take out the weight that mixes the scores or probabilities of the heads, and fine-tune; every head must "

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sqa_fx.passes.find import GraphFacts
-from sqa_fx.passes.heads import HeadCount, count_heads
+from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_heads
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import (
     EMPTY,
@@ -58,7 +58,7 @@ def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
         site = Site(
             name=name,
             core=core,
-            heads=total,
+            heads=len(count.kv_of),
             kv_heads=max(count.kv_of) + 1,
             kv_of=count.kv_of,
             model_heads=count.model_heads,
@@ -68,7 +68,14 @@ def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
             kv_len=kv_len,
         )
         follower = _Follower(facts, site, count, forced)
-        follower.run()
+        try:
+            follower.run()
+        except Refused:
+            pairs = _Combinations(facts, site, count, forced).pairs()
+            if not pairs.numel():
+                raise
+            count, forced = unite_heads(count, pairs), set()
+            continue
         more = follower.parts_of_whole() - forced
         if not more:
             return site
@@ -99,6 +106,7 @@ class _Follower:
         self.all_heads = pack(torch.tensor(0), torch.tensor(site.heads - 1))
         self.kv = torch.tensor(site.kv_of)
         self.forced = set(forced)
+        self.statistics: set[fx.Node] = set()
 
     def run(self) -> None:
         core, site = self.site.core, self.site
@@ -484,24 +492,61 @@ class _Follower:
     def _aligned_forward(self, node: fx.Node, description: Aligned) -> Labels | None:
         rank = len(shape_of(node))
         result: Labels | None = None
-        for operand in description.operands:
-            labels = self.labels.get((CORE, operand.node))
-            if labels is None:
-                continue
+        inside = [o for o in description.operands if (CORE, o.node) in self.labels]
+        # A statistic over all heads, where that is allowed, belongs to none of them.
+        owned = [o for o in inside if o.node not in self.statistics] or inside
+        for operand in owned:
+            labels = self.labels[CORE, operand.node]
             moved, crossing = self.facts.carrier.align_forward(operand, labels, rank)
+            if crossing and not description.contraction:
+                reported = len(varying(labels)) == 1 and self._only_reported(node)
+                if reported or self._allowed(node):
+                    if reported:
+                        self.site.narrowed.append((node, operand.node))
+                    else:
+                        self.site.inexact.append((node, "a reduction runs over the kept heads only"))
+                    self.statistics.add(node)
+                    return self.all_heads.reshape([1] * rank)
             if crossing:
                 self._sums_heads(node, description, operand, labels)
                 return None
             if result is not None and not bool((result == moved).all()):
-                raise Refused("heads are combined with each other", node, kind="heads combined")
+                self._combine(node, result, moved)
             result = moved
         assert result is not None
+        if all(o.node in self.statistics for o in inside):
+            self.statistics.add(node)
         if any(result.size(d) > 1 for d in description.locked):
-            raise Refused("a norm or softmax runs across heads", node, kind="norm across heads")
+            if not self._allowed(node):
+                raise Refused("a norm or softmax runs across heads", node, kind="norm across heads")
+            self.site.inexact.append((node, "a norm runs over the kept heads only"))
         for operand in description.operands:
             if (CORE, operand.node) not in self.labels:
                 self._side(operand, result)
         return result
+
+    @staticmethod
+    def _only_reported(node: fx.Node) -> bool:
+        """True when nothing but outputs of the model are made from ``node`` (attention weights, averaged over heads)."""
+        stack, seen = [node], {node}
+        while stack:
+            for user in stack.pop().users:
+                if user.op == "output" or user in seen:
+                    continue
+                if not isinstance(step(user), Move) and not (
+                    isinstance(step(user), Aligned) and len([n for n in user.all_input_nodes if is_tensor(n)]) == 1
+                ):
+                    return False
+                seen.add(user)
+                stack.append(user)
+        return True
+
+    def _allowed(self, node: fx.Node) -> bool:
+        """True when a norm or reduction over the outputs (or the weights) of all heads may run over the kept ones."""
+        return self.facts.allow_inexact and not (set(node.users) & {self.site.core.value})
+
+    def _combine(self, node: fx.Node, first: Labels, second: Labels) -> None:
+        raise Refused("heads are combined with each other", node, kind="heads combined")
 
     def _sums_heads(self, node: fx.Node, description: Aligned, operand: Operand, labels: Labels) -> None:
         """``node`` contracts over the head axis: with a weight it is the output projection, otherwise a refusal."""
@@ -544,6 +589,38 @@ class _Follower:
             seen.add(current)
             stack.extend(n for n in current.all_input_nodes if (CORE, n) in self.labels)
         return True
+
+
+class _Combinations(_Follower):
+    """Only follows the output forward, and notes which heads meet on the way to the output projection."""
+
+    def pairs(self) -> torch.Tensor:
+        """Pairs of heads that are combined, as columns [2, n]; none when the output meets another obstacle."""
+        self.found: list[torch.Tensor] = []
+        self.labels.clear()
+        try:
+            self._forward({self.site.core.score: heads(self.count.score)}, heads(self.count.value))
+        except Refused:
+            return torch.empty(2, 0, dtype=torch.long)
+        return torch.cat([torch.empty(2, 0, dtype=torch.long), *self.found], 1)
+
+    def _combine(self, node: fx.Node, first: Labels, second: Labels) -> None:
+        both = torch.stack(torch.broadcast_tensors(first, second)).reshape(2, -1)
+        if not bool(single(both).all()):
+            super()._combine(node, first, second)
+        self.found.append(low(both[:, different_heads(both)]))
+
+    def _operands(self, node: fx.Node, labels: Labels, roles: list[tuple[fx.Node, str, Kind]]) -> None:
+        pass
+
+    def _side(self, operand: Operand, labels: Labels) -> None:
+        pass
+
+    def _follow_side(self, node: fx.Node, labels: Labels) -> None:
+        pass
+
+    def _sums_heads(self, node: fx.Node, description: Aligned, operand: Operand, labels: Labels) -> None:
+        pass
 
 
 def _right_aligned(shape: tuple[int, ...], out: tuple[int, ...]) -> tuple[int | None, ...]:

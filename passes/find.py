@@ -32,8 +32,8 @@ class Found:
 class GraphFacts:
     """Facts about one graph that every site asks for: order, constants, label arithmetic."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, allow_inexact: bool = False) -> None:
+        self.module, self.allow_inexact = module, allow_inexact
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
         self.constants = constant_nodes(module.graph)
         self.carrier = Carrier(module, self.constants)

@@ -85,8 +85,12 @@ def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
         q = _operand_classes(facts, core.q, q_operand, own, rank)
     k = _operand_classes(facts, core.k, k_operand, shared, rank)
     q, k = _same_shape(q, k)
-    width = int(k.max()) + 1
-    carried = _carry(facts, core, compress(q * width + k))
+    while True:
+        width = int(k.max()) + 1
+        carried, met = _carry(facts, core, compress(q * width + k))
+        if not met.numel():
+            break
+        q, k = _united(q, met // width), _united(k, met % width)
     assert core.probabilities is not None
     p_operand = next(o for o in value.operands[:2] if o.node is core.probabilities)
     v_operand = next(o for o in value.operands[:2] if o.node is core.v)
@@ -158,8 +162,17 @@ def _as_numbers(labels: Tensor) -> Tensor:
     return low(labels)
 
 
-def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
-    """Move score-head numbers from the score contraction to the probabilities."""
+def _united(numbers: Tensor, pairs: Tensor) -> Tensor:
+    """``numbers`` with the classes of each column of ``pairs`` [2, n] made one, densely numbered again."""
+    classes = Classes(int(numbers.max()) + 1)
+    classes.unite(pairs[0], pairs[1])
+    _, dense = torch.unique(classes.roots(numbers), return_inverse=True)
+    return dense
+
+
+def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Move score-head numbers from the score contraction to the probabilities. Numbers that meet on the way (paired
+    heads, of which one is subtracted from the other) are returned as columns [2, n]."""
     assert core.probabilities is not None
     region = _between(core.score, core.probabilities)
     values = {core.score: _as_labels(numbers)}
@@ -179,17 +192,58 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> Tensor:
         found = aligned(node)
         if found is None:
             continue
+        moved = None
         for operand in found.operands:
             if operand.node in values:
-                values[node], crossing = facts.carrier.align_forward(operand, values[operand.node], len(shape_of(node)))
+                other, crossing = facts.carrier.align_forward(operand, values[operand.node], len(shape_of(node)))
                 if crossing:
                     raise Refused("heads are mixed between the scores and the values", node, kind="head mixing")
-                if any(values[node].size(d) > 1 for d in found.locked):
+                if any(other.size(d) > 1 for d in found.locked):
                     raise Refused("the normaliser runs across heads", node, kind="norm across heads")
-                break
+                if moved is not None:
+                    pairs = torch.stack(torch.broadcast_tensors(moved, other)).reshape(2, -1)
+                    pairs = pairs[:, different_heads(pairs)]
+                    if pairs.numel():
+                        return numbers, low(torch.unique(pairs, dim=1))
+                else:
+                    moved = other
+        if moved is not None:
+            values[node] = moved
     if core.probabilities not in values:
         raise Refused("no way from the scores to the probabilities", core.anchor)
-    return _as_numbers(values[core.probabilities])
+    return _as_numbers(values[core.probabilities]), torch.empty(2, 0, dtype=torch.long)
+
+
+def different_heads(pairs: Tensor) -> Tensor:
+    """Where both labels of a column are single heads, and not the same."""
+    both: Tensor = single(pairs).all(0)
+    return both & (pairs[0] != pairs[1])
+
+
+def unite_heads(count: HeadCount, pairs: Tensor) -> HeadCount:
+    """The count with the heads of each column of ``pairs`` [2, n] made one: heads that work together stay or go
+    together. The KV heads that such a head reads become one in turn."""
+    heads = Classes(len(count.kv_of))
+    heads.unite(pairs[0], pairs[1])
+    kv = Classes(max(count.kv_of) + 1)
+    own = torch.tensor(count.kv_of)
+    roots = heads.roots(torch.arange(len(count.kv_of)))
+    kv.unite(own, own[roots])
+    kv_root = kv.roots(own).tolist()
+    kv_order = list(dict.fromkeys(kv_root))
+    order = sorted(set(roots.tolist()), key=lambda r: (kv_order.index(kv_root[r]), r))
+    number = torch.tensor([order.index(r) for r in roots.tolist()])
+    first = [min(count.model_heads[c] for c, r in enumerate(roots.tolist()) if r == root) for root in order]
+    model_kv = [
+        min(count.model_kv_heads[g] for g, r in zip(own.tolist(), kv_root, strict=True) if r == k) for k in kv_order
+    ]
+    return HeadCount(
+        tuple(kv_order.index(kv_root[r]) for r in order),
+        tuple(sorted(first).index(f) for f in first),
+        tuple(sorted(model_kv).index(f) for f in model_kv),
+        compress(number[count.score]),
+        compress(number[count.value]),
+    )
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:

@@ -42,9 +42,8 @@ def is_free(size: Any) -> bool:
 def depends_on_data(node: fx.Node) -> bool:
     """True for a tensor with a size that depends on data: running its op on fake inputs would make new symbols."""
     value = value_of(node)
-    return isinstance(value, torch.Tensor) and any(
-        isinstance(s, torch.SymInt) and s.node.hint is None for s in value.shape
-    )
+    sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
+    return any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes)
 
 
 def value_of(node: fx.Node) -> Any:

@@ -78,9 +78,10 @@ class Analysis:
         )
 
 
-def find_sites(module: fx.GraphModule) -> Analysis:
-    """Find and analyse every attention site of the graph."""
-    facts = GraphFacts(module)
+def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:
+    """Find and analyse every attention site of the graph. ``allow_inexact`` lets norms over all heads run over the kept
+    ones."""
+    facts = GraphFacts(module, allow_inexact)
     found = find_cores(facts)
     sites, refusals = [], list(found.refusals)
     for name, core in found.cores:

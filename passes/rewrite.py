@@ -42,6 +42,11 @@ class Rewritten:
     refused: list[Refusal] = field(default_factory=list)
     carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """For each graph output that carries heads: the dimension and the original entries that stay along it."""
+    inexact: dict[str, str] = field(default_factory=dict)
+    """Sites that cannot agree with the masked original, and why; the user allowed it."""
+    inexact_outputs: set[int] = field(default_factory=set)
+    narrowed: dict[str, tuple[str, int, list[int]]] = field(default_factory=dict)
+    """Reductions over heads that are reported only: the operand, its head dimension and the entries that stay."""
 
 
 def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node, Cut]:
@@ -243,7 +248,7 @@ class _Builder:
         for node in self._output_projections():
             self.projections[node] = self._copy(node, self._operand)
         for node in self.site.carried_outputs:
-            if len(varying(self.site.labels[CORE, node])) != 1:
+            if len(varying(self.site.labels[CORE, node])) > 1:
                 raise Refused("an output of the model has heads along several dimensions", node, kind="layout")
             self.build(CORE, node)
 
@@ -260,18 +265,31 @@ class _Builder:
     def commit(self, result: Rewritten) -> tuple[tuple[str, str], str]:
         """Put the new output projections, and outputs that carry heads, in the place of the old ones."""
         names = ("", "")
+        for node, operand in self.site.narrowed:
+            labels = self.site.labels[CORE, operand]
+            entries = self.layout.kept_entries(labels.reshape(-1), CORE)
+            result.narrowed[node.name] = (operand.name, varying(labels)[0], entries)
+        if self.site.inexact:
+            result.inexact[self.site.name] = "; ".join(f"{why} (node {node.name})" for node, why in self.site.inexact)
         for node, new in self.projections.items():
             node.replace_all_uses_with(new)
             names = (node.name, new.name)
         for node in self.site.carried_outputs:
             output = next(iter(reversed(self.graph.nodes)))
             labels = self.site.labels[CORE, node]
-            entries = self.layout.kept_entries(labels.reshape(-1), CORE)
+            dims = varying(labels)
+            entries = self.layout.kept_entries(labels.reshape(-1), CORE) if dims else []
             flat = output.args[0] if isinstance(output.args[0], list | tuple) else output.args
             for position, entry in enumerate(flat):
                 if entry is node:
-                    result.carried[position] = (varying(labels)[0], entries)
+                    if dims:
+                        result.carried[position] = (dims[0], entries)
+                    elif self.site.inexact:
+                        result.inexact_outputs.add(position)
             output.replace_input_with(node, self.built[CORE, node])
+            if not dims:
+                result.notes.append(f"output {node.name} of the model is taken over the kept heads only")
+                continue
             result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
         return names, self.built[CORE, self.site.core.value].name
 
@@ -389,6 +407,8 @@ class _Builder:
                 given = new_kwargs.get(spec.name, new_args[i] if i < len(new_args) else None)
                 if spec.name == "size" and isinstance(given, list | tuple):
                     changed: Any = resizer.sizes(given, shape)
+                elif spec.name == "normalized_shape" and isinstance(given, list | tuple):
+                    changed = resizer.sizes(given, shape, len(shape.old) - len(given))
                 elif spec.name == "groups" and given not in (None, 1):
                     changed = shape.new[1]
                 else:

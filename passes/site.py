@@ -125,6 +125,10 @@ class Site:
     """Roles whose KV heads can be selected but not merged, and why."""
     projections: list[fx.Node] = field(default_factory=list)
     carried_outputs: list[fx.Node] = field(default_factory=list)
+    narrowed: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    """Reductions over all heads that only become outputs of the model, with their operand: taken over the kept heads."""
+    inexact: list[tuple[fx.Node, str]] = field(default_factory=list)
+    """Nodes that the user allowed to differ from the masked original, and how they do."""
 
     def group(self, kv: int) -> tuple[int, int]:
         """First and last canonical query head of canonical KV head ``kv``."""

@@ -41,6 +41,8 @@ class SiteProof:
     name: str
     error: float
     silent: bool
+    exact: bool = True
+    """False for a site that was converted with allow_inexact: its error is reported, not judged."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Proof:
             "tolerance": self.tolerance,
             "error": self.error,
             "shapes": self.shapes,
-            "sites": [{"name": s.name, "error": s.error, "silent": s.silent} for s in self.sites],
+            "sites": [{"name": s.name, "error": s.error, "silent": s.silent, "exact": s.exact} for s in self.sites],
             "notes": list(self.notes),
         }
 
@@ -95,17 +97,28 @@ class _Run(fx.Interpreter):
         super().__init__(module)
         self.weights, self.wide, self.watched = weights, wide, watched
         self.seen: dict[str, Tensor] = {}
+        self.replaced: Mapping[str, Tensor] = {}
+        self.narrowed: Mapping[str, tuple[str, int, Sequence[int]]] = {}
 
     def _widen(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.dtype in _WIDER:
             return value.to(_WIDER[value.dtype])
         return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n.name in self.narrowed:
+            operand, dim, entries = self.narrowed[n.name]
+            whole = next(v for k, v in self.env.items() if k.name == operand)
+            part = whole.index_select(dim, torch.tensor(entries, device=whole.device))
+            args, kwargs = pytree.tree_map(lambda v: part if v is whole else v, (args, kwargs))
+        return args, kwargs
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.watched and isinstance(result, Tensor):
             self.seen[n.name] = result
-        return result
+        return self.replaced.get(n.name, result)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -129,6 +142,18 @@ class _Run(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Inexact:
+    """What cannot agree with the oracle, because the user allowed it: sites with the reason, and positions of outputs
+    that such a site makes directly."""
+
+    sites: Mapping[str, str] = field(default_factory=dict)
+    outputs: frozenset[int] = frozenset()
+    narrowed: Mapping[str, tuple[str, int, Sequence[int]]] = field(default_factory=dict)
+    """Reductions over heads that only become outputs (averaged attention weights): node, operand, dimension, entries.
+    The oracle takes them over the kept heads too."""
+
+
 def verify(
     original: fx.GraphModule,
     rewritten: fx.GraphModule,
@@ -138,50 +163,45 @@ def verify(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     precision: Precision = "float64",
+    inexact: Inexact | None = None,
 ) -> Proof:
-    """Compare ``rewritten`` with ``original`` under masked weights, on one set of inputs.
+    """Compare ``rewritten`` with ``original`` under masked weights, at the example sizes and at others.
 
     ``outputs`` maps each site to the nodes that make its output in the two graphs. Raises VerifyError naming the
     first site that differs. In float64 both graphs run upcast, so that rounding cannot hide or fake a difference; a
-    graph that cannot (an op without float64) runs in its own dtype, and the proof says so.
+    graph that cannot (an op without float64) runs in its own dtype, and the proof says so. Behind a site in
+    ``inexact`` the rewritten graph goes on with the oracle's value, so that everything after it is still proved.
     """
     weights = masked_weights(original, plan)
     inputs = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
     notes: list[str] = []
+    comparison = _Comparison(original, rewritten, weights, outputs, carried, inexact or Inexact())
     if precision == "float64":
         try:
-            proof = _compare(original, rewritten, weights, outputs, carried, inputs, True, notes)
-            return _prove_other_sizes(proof, original, rewritten, weights, outputs, carried, inputs)
+            proof = comparison.run(inputs, True, notes)
+            return _prove_other_sizes(comparison, proof, inputs)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             notes.append(
                 f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used"
             )
-    return _compare(original, rewritten, weights, outputs, carried, inputs, False, notes)
+    return comparison.run(inputs, False, notes)
 
 
-def _prove_other_sizes(
-    proof: Proof,
-    original: fx.GraphModule,
-    rewritten: fx.GraphModule,
-    weights: Mapping[str, Tensor],
-    outputs: Mapping[str, tuple[str, str]],
-    carried: Mapping[int, tuple[int, list[int]]],
-    inputs: Sequence[Any],
-) -> Proof:
+def _prove_other_sizes(comparison: _Comparison, proof: Proof, inputs: Sequence[Any]) -> Proof:
     """Prove again with every free size one larger (or smaller), so that nothing can hang on the example sizes."""
     for step in (1, -1):
-        other = _other_inputs(original.graph, inputs, step)
+        other = _other_inputs(comparison.original.graph, inputs, step)
         if other is None:
             continue
         try:
             with torch.no_grad():
-                _Run(original, weights, True, set()).run(*_fresh(other), enable_io_processing=False)
+                _Run(comparison.original, comparison.weights, True, set()).run(
+                    *_fresh(other), enable_io_processing=False
+                )
         except (RuntimeError, TypeError, IndexError, ValueError, ZeroDivisionError):
             continue
-        second = _compare(original, rewritten, weights, outputs, carried, other, True, [])
-        worse = tuple(
-            SiteProof(a.name, max(a.error, b.error), a.silent) for a, b in zip(proof.sites, second.sites, strict=True)
-        )
+        second = comparison.run(other, True, [])
+        worse = tuple(replace(a, error=max(a.error, b.error)) for a, b in zip(proof.sites, second.sites, strict=True))
         return replace(proof, error=max(proof.error, second.error), sites=worse, shapes=2)
     return proof
 
@@ -207,64 +227,77 @@ def _other_inputs(graph: fx.Graph, inputs: Sequence[Any], step: int) -> list[Any
     return result
 
 
-def _compare(
-    original: fx.GraphModule,
-    rewritten: fx.GraphModule,
-    weights: Mapping[str, Tensor],
-    outputs: Mapping[str, tuple[str, str]],
-    carried: Mapping[int, tuple[int, list[int]]],
-    inputs: Sequence[Any],
-    wide: bool,
-    notes: list[str],
-) -> Proof:
-    left = _Run(original, weights, wide, {a for a, _ in outputs.values()})
-    right = _Run(rewritten, {}, wide, {b for _, b in outputs.values()})
-    with torch.no_grad():
-        state = torch.random.get_rng_state()
-        expected = pytree.tree_leaves(left.run(*_fresh(inputs), enable_io_processing=False))
-        torch.random.set_rng_state(state)
-        try:
-            actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise VerifyError(f"the rewritten graph does not run: {str(error).splitlines()[0]}") from error
-    dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
-    lowest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0)) if dtypes else torch.float64
-    tolerance = TOLERANCE.get(lowest, 1e-10)
-    proofs = []
-    for site, (a, b) in outputs.items():
-        if a not in left.seen or b not in right.seen:
-            raise VerifyError(f"site {site!r} left no output to compare")
-        proofs.append(SiteProof(site, distance(left.seen[a], right.seen[b]), not bool(left.seen[a].abs().max() > 0)))
-    worst = 0.0
-    for position, (e, r) in enumerate(zip(expected, actual, strict=True)):
-        if isinstance(e, Tensor):
-            if position in carried:
-                dim, entries = carried[position]
-                e = e.index_select(dim, torch.tensor(entries, device=e.device))
-            worst = max(worst, distance(e, r))
-    bad = next((p for p in proofs if not p.error <= tolerance), None)
-    if bad is not None:
-        output = next(n for n in original.graph.nodes if n.name == outputs[bad.name][0])
-        raise VerifyError(
-            f"the rewritten graph differs from the masked original, first at site {named(bad.name, place(output))}: "
-            "relative error "
-            f"{bad.error:.3g}, tolerance {tolerance:.3g} ({'float64' if wide else lowest}). The model was "
-            "not converted; "
-            "please report the site, and leave it out with a mapping of site patterns"
+@dataclass(frozen=True)
+class _Comparison:
+    """The two graphs, the oracle's weights, and what corresponds to what."""
+
+    original: fx.GraphModule
+    rewritten: fx.GraphModule
+    weights: Mapping[str, Tensor]
+    outputs: Mapping[str, tuple[str, str]]
+    carried: Mapping[int, tuple[int, list[int]]]
+    inexact: Inexact
+
+    def run(self, inputs: Sequence[Any], wide: bool, notes: list[str]) -> Proof:
+        """Compare at one set of inputs. Raises VerifyError when the graphs differ."""
+        left = _Run(self.original, self.weights, wide, {a for a, _ in self.outputs.values()})
+        left.narrowed = self.inexact.narrowed
+        right = _Run(self.rewritten, {}, wide, {b for _, b in self.outputs.values()})
+        with torch.no_grad():
+            state = torch.random.get_rng_state()
+            expected = pytree.tree_leaves(left.run(*_fresh(inputs), enable_io_processing=False))
+            torch.random.set_rng_state(state)
+            right.replaced = {self.outputs[s][1]: left.seen[self.outputs[s][0]] for s in self.inexact.sites}
+            try:
+                actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise VerifyError(f"the rewritten graph does not run: {str(error).splitlines()[0]}") from error
+        dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
+        lowest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0)) if dtypes else torch.float64
+        tolerance = TOLERANCE.get(lowest, 1e-10)
+        precision = "float64" if wide else str(lowest).removeprefix("torch.")
+        proofs = []
+        for site, (a, b) in self.outputs.items():
+            if a not in left.seen or b not in right.seen:
+                raise VerifyError(f"site {site!r} left no output to compare")
+            silent = not bool(left.seen[a].abs().max() > 0)
+            proofs.append(
+                SiteProof(site, distance(left.seen[a], right.seen[b]), silent, site not in self.inexact.sites)
+            )
+        self._judge_sites(proofs, tolerance, precision)
+        worst = 0.0
+        for position, (e, r) in enumerate(zip(expected, actual, strict=True)):
+            if isinstance(e, Tensor) and position not in self.inexact.outputs:
+                if position in self.carried:
+                    dim, entries = self.carried[position]
+                    e = e.index_select(dim, torch.tensor(entries, device=e.device))
+                worst = max(worst, distance(e, r))
+        if not worst <= tolerance:
+            raise VerifyError(
+                f"every site agrees with the masked original, but the outputs differ: relative error {worst:.3g}, "
+                f"tolerance {tolerance:.3g}"
+            )
+        silent_sites = [p.name for p in proofs if p.silent]
+        if silent_sites:
+            names = ", ".join(silent_sites)
+            notes.append(f"these sites gave zeros on the example inputs, which proves nothing about them: {names}")
+        notes.extend(
+            f"site {p.name!r} is inexact, as allowed: {self.inexact.sites[p.name]}; its output differs from the masked "
+            f"original by {p.error:.2g} (relative)"
+            for p in proofs
+            if not p.exact
         )
-    if not worst <= tolerance:
-        raise VerifyError(
-            f"every site agrees with the masked original, but the outputs differ: relative error {worst:.3g}, "
-            f"tolerance {tolerance:.3g}"
-        )
-    silent = [p.name for p in proofs if p.silent]
-    if silent:
-        notes.append(
-            f"these sites gave zeros on the example inputs, which proves nothing about them: {', '.join(silent)}"
-        )
-    return Proof(
-        "float64" if wide else str(lowest).removeprefix("torch."), tolerance, worst, tuple(proofs), notes=tuple(notes)
-    )
+        return Proof(precision, tolerance, worst, tuple(proofs), notes=tuple(notes))
+
+    def _judge_sites(self, proofs: Sequence[SiteProof], tolerance: float, precision: str) -> None:
+        bad = next((p for p in proofs if p.exact and not p.error <= tolerance), None)
+        if bad is not None:
+            output = next(n for n in self.original.graph.nodes if n.name == self.outputs[bad.name][0])
+            raise VerifyError(
+                f"the rewritten graph differs from the masked original, first at site {named(bad.name, place(output))}: "
+                f"relative error {bad.error:.3g}, tolerance {tolerance:.3g} ({precision}). The model was not converted; "
+                "please report the site, and leave it out with a mapping of site patterns"
+            )
 
 
 def _fresh(inputs: Sequence[Any]) -> list[Any]:

@@ -22,7 +22,7 @@ from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
 from sqa_fx.passes.rewrite import Rewritten
 from sqa_fx.passes.site import Site
-from sqa_fx.passes.verify import Precision, Proof
+from sqa_fx.passes.verify import Inexact, Precision, Proof
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
@@ -45,6 +45,7 @@ def convert(
     kv_merge: Literal["mean", "select"] = "mean",
     dynamic_shapes: DynamicShapes = "auto",
     verify: bool | Precision = True,
+    allow_inexact: bool = False,
 ) -> ConvertedModule | DeferredModule:
     """Rewrite the attention of ``model`` into SQA form with its trained weights, prove it, and return the new module.
 
@@ -54,8 +55,10 @@ def convert(
     torch.export.export; without them the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that
     has none is converted on its first call. ``heads`` says which heads stay: "weights" (largest norm of value and
     output blocks), "first", or lists by site pattern. ``kv_merge`` says how KV heads that share a group become one.
-    ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. The model passed in is never
-    modified.
+    ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. ``allow_inexact`` also converts
+    sites whose result cannot be exact, because a norm or a mean runs over the outputs or the weights of all heads: it
+    runs over the kept ones then; the report marks these sites with how far they are off, and everything behind them
+    is still proved. The model passed in is never modified.
 
     Raises CaptureError, NoAttentionError, PlanError (an impossible request), VerifyError (the proof failed) and
     InputError.
@@ -74,6 +77,7 @@ def convert(
         "kv_merge": kv_merge,
         "dynamic_shapes": dynamic_shapes,
         "verify": verify,
+        "allow_inexact": allow_inexact,
     }
     if inputs is None:
         assert isinstance(model, nn.Module)
@@ -93,11 +97,12 @@ def _convert(
     kv_merge: str,
     dynamic_shapes: DynamicShapes,
     verify: bool | Precision,
+    allow_inexact: bool,
 ) -> ConvertedModule:
     timings = Timings()
     captured = timings.timed("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
     original = clone_graph(captured.graph_module)
-    analysis = timings.timed("find", lambda: find_sites(captured.graph_module))
+    analysis = timings.timed("find", lambda: find_sites(captured.graph_module, allow_inexact))
     analysis.require_sites()
     given = plan
     plans = timings.timed(
@@ -132,6 +137,7 @@ def _convert(
                 captured.args,
                 captured.kwargs,
                 precision,
+                Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed),
             ),
         )
     _own_tensors(captured.graph_module)
@@ -156,12 +162,14 @@ def inspect(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    allow_inexact: bool = False,
     graph: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Report:
     """The attention sites of ``model``, convertible and refused, and what ``hq``/``hkv`` would save; nothing is
     converted.
 
+    ``allow_inexact`` counts sites in that :func:`convert` would convert inexactly.
     ``graph`` is an .svg or .png file to draw the region of every site into (needs matplotlib); an existing one is
     replaced only with ``overwrite``.
 
@@ -176,7 +184,7 @@ def inspect(
         )
     timings = Timings()
     captured = timings.timed("capture", lambda: capture(model, *inputs, dynamic_shapes))
-    analysis = timings.timed("find", lambda: find_sites(captured.graph_module))
+    analysis = timings.timed("find", lambda: find_sites(captured.graph_module, allow_inexact))
     plans: dict[str, SitePlan] = {}
     if hq is not None or hkv is not None:
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, "first", "mean"))
@@ -307,4 +315,5 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         kv_groups=plan.kv_groups if plan is not None else (),
         proof_error=error,
         location=site.place.where,
+        inexact="; ".join(f"{why} (node {node.name})" for node, why in site.inexact),
     )

@@ -37,6 +37,11 @@ def add_request(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{what} heads to keep: a number, a fraction (0.5), a variant name, or pattern=value, repeated",
         )
+    parser.add_argument(
+        "--allow-inexact",
+        action="store_true",
+        help="convert sites with a norm or a mean over all heads too: it then runs over the kept ones (marked)",
+    )
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,7 @@ def run_inspect(options: argparse.Namespace) -> int:
             hkv=hkv,
             args=args,
             kwargs=kwargs,
+            allow_inexact=options.allow_inexact,
             graph=options.graph,
             overwrite=options.overwrite,
         )
@@ -134,6 +140,7 @@ def _convert(loaded: Any, options: argparse.Namespace) -> Any:
     if options.plan is None and not (options.hq or options.hkv):
         raise InputError("say how many heads are to remain: --hq, --hkv, or a saved plan with --plan")
     chosen: dict[str, Any] = {"plan": sqa_fx.Plan.load(options.plan)} if options.plan is not None else {}
+    chosen["allow_inexact"] = options.allow_inexact
     if options.heads:
         chosen["heads"] = head_choice(options.heads)
     if options.kv_merge:

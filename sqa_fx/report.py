@@ -16,6 +16,7 @@ class SiteReport:
     ``flops_before``/``flops_after`` count the two attention products at the example inputs: 4 * batch * heads * q_len *
     kv_len * head_dim (two multiply-adds per score and value element). ``kv_bytes_*`` are bytes of K and V per token
     of context. ``location`` is the line of source that computes the attention, "file.py:123", '' when unknown.
+    ``inexact`` says why the site cannot agree with the masked original (only with ``allow_inexact``), '' when it does.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SiteReport:
     kv_groups: tuple[tuple[int, ...], ...] = ()
     proof_error: float | None = None
     location: str = ""
+    inexact: str = ""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def resolve(name: str, heads: int, kv_heads: int, hq: Request, hkv: Request) -> 
 def rounding(name: str, heads: int, kv_heads: int, hq: Request, hkv: Request) -> str:
     """What :func:`resolve` rounded for this site, as a sentence; empty when the request was met exactly."""
     asked, got = _asked(name, heads, kv_heads, hq, hkv), resolve(name, heads, kv_heads, hq, hkv)
-    if asked is None or got is None or (asked[0], asked[1]) == got:
+    if asked is None or got is None or (asked[0] == got[0] and asked[1] == got[1]):
         return ""
     wanted = " and ".join(f"{float(n):g} {what} heads" for n, what in zip(asked[:2], ("query", "KV"), strict=True))
     return (
