@@ -29,6 +29,9 @@ def weight_scores(module: fx.GraphModule, site: Site) -> Tensor:
             weight = attribute(module, use.node.target)
             if use.role != role or weight.dim() < 2 or not weight.is_floating_point() or weight.is_meta:
                 continue
+            if use.whole:
+                total[int(low(use.labels)[0])] += float(weight.detach().double().square().sum())
+                continue
             energy = weight.detach().double().square().movedim(use.axis, 0).reshape(weight.shape[use.axis], -1).sum(1)
             first, last = low(use.labels), high(use.labels)
             for head in range(site.heads):

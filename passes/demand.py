@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sqa_fx.passes.find import GraphFacts
-from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_heads
+from sqa_fx.passes.heads import HeadCount
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import (
     EMPTY,
@@ -33,73 +33,26 @@ from sqa_fx.passes.labels import (
     varying,
 )
 from sqa_fx.passes.ops import Aligned, Move, Operand, argument, op_name, step
-from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site, as_refused
+from sqa_fx.passes.site import Core, Kind, LeafUse, Refused, Site
 
 CORE = "core"
 
 
-def analyse(facts: GraphFacts, name: str, core: Core) -> Site:
-    """Everything the planner and the rewriter need to know of one core. Raises Refused with the reason."""
-    try:
-        return _analyse(facts, name, core)
-    except ValueError as error:
-        raise as_refused(error, core.anchor) from error
+class Meets(Exception):
+    """The output of another core meets that of the site before the output projection: both are one site."""
 
-
-def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
-    count = count_heads(facts, core)
-    total = len(count.kv_of)
-    if total == 1:
-        raise Refused("one head only: nothing to drop", core.anchor, kind="one head")
-    q_shape, k_shape = shape_of(core.q), shape_of(core.k)
-    kv_len = k_shape[-2] if core.fused else shape_of(core.anchor)[-1]
-    forced: set[tuple[str, fx.Node]] = set()
-    while True:
-        site = Site(
-            name=name,
-            core=core,
-            heads=len(count.kv_of),
-            kv_heads=max(count.kv_of) + 1,
-            kv_of=count.kv_of,
-            model_heads=count.model_heads,
-            model_kv_heads=count.model_kv_heads,
-            head_dim=_head_dim(core),
-            q_len=q_shape[-2],
-            kv_len=kv_len,
-        )
-        follower = _Follower(facts, site, count, forced)
-        try:
-            follower.run()
-        except Refused:
-            pairs = _Combinations(facts, site, count, forced).pairs()
-            if not pairs.numel():
-                raise
-            count, forced = unite_heads(count, pairs), set()
-            continue
-        more = follower.parts_of_whole() - forced
-        if not more:
-            return site
-        forced |= more
-
-
-def _head_dim(core: Core) -> int:
-    if core.fused:
-        return shape_of(core.q)[-1]
-    score = aligned(core.score)
-    assert score is not None
-    operand = next(o for o in score.operands if o.node is core.q)
-    size = 1
-    for i, d in enumerate(operand.dims):
-        if d is not None and d < 0:
-            size *= shape_of(core.q)[i]
-    return size
+    def __init__(self, cores: list[Core]) -> None:
+        super().__init__()
+        self.cores = cores
 
 
 class _OwnedByKV(Refused):
     """What query heads use turns out to belong to KV heads."""
 
 
-class _Follower:
+class Follower:
+    """Follows the heads of one site through its region, into the site's labels, leaves and frontiers."""
+
     def __init__(self, facts: GraphFacts, site: Site, count: HeadCount, forced: set[tuple[str, fx.Node]]) -> None:
         self.facts, self.site, self.count = facts, site, count
         self.labels = site.labels
@@ -109,15 +62,21 @@ class _Follower:
         self.statistics: set[fx.Node] = set()
 
     def run(self) -> None:
-        core, site = self.site.core, self.site
+        """Follow the operands of every core backward, and the outputs forward. Raises Refused, or Meets when another
+        core has a part in this site."""
+        site = self.site
         site.kinds[CORE] = "core"
-        score = heads(self.count.score)
-        value = heads(self.count.value)
-        if core.fused:
-            self._fused_operands(value)
-        else:
-            self._operands(core.score, score, [(core.q, "q", "core"), (core.k, "k", "kv")])
-        self._forward({core.score: score}, value)
+        starts = {c.score: heads(n) for c, n in zip(site.cores, self.count.score, strict=True)}
+        values = {c.value: heads(n) for c, n in zip(site.cores, self.count.value, strict=True)}
+        operands: dict[str, dict[fx.Node, Labels]] = {"q": {}, "k": {}, "v": {}}
+        for core in site.cores:
+            for node, role, labels in self._operands(core, starts[core.score], values[core.value]):
+                found = operands[role]
+                found[node] = join(found[node], labels) if node in found else labels
+        for role, found in operands.items():
+            self._backward(found, role, "core" if role == "q" else "kv")
+        self._forward(starts, values)
+        core = site.core
         made = {use.role for use in site.leaves}
         if "o" not in made:
             raise Refused("no output projection sums over the heads", core.value, kind="no output projection")
@@ -155,35 +114,52 @@ class _Follower:
 
     # -- the core's operands -------------------------------------------------------------------------------------
 
-    def _fused_operands(self, value: Labels) -> None:
-        core = self.site.core
+    def _operands(self, core: Core, score: Labels, value: Labels) -> list[tuple[fx.Node, str, Labels]]:
+        """q, k and v of one core with their labels."""
+        if core.fused:
+            return self._fused_operands(core, value)
+        result = []
+        for node, labels, chosen in (
+            (core.score, score, [(core.q, "q"), (core.k, "k")]),
+            (core.value, value, [(core.v, "v")]),
+        ):
+            description = aligned(node)
+            assert description is not None
+            for operand in description.operands:
+                match = next((c for c in chosen if c[0] is operand.node), None)
+                if match is not None:
+                    chosen.remove(match)
+                    result.append((*match, self.facts.carrier.align_backward(operand, labels)))
+        return result
+
+    def _fused_operands(self, core: Core, value: Labels) -> list[tuple[fx.Node, str, Labels]]:
         out = shape_of(core.value)
         rank = len(out)
         gqa = bool(argument(core.value, "enable_gqa", False))
-        for node, role, kind in ((core.q, "q", "core"), (core.k, "k", "kv"), (core.v, "v", "kv")):
+        result = []
+        for node, role in ((core.q, "q"), (core.k, "k"), (core.v, "v")):
             shape = shape_of(node)
             labels = value.reshape(value.shape[rank - len(shape) :])
             if gqa and shape[-3] != out[-3]:
                 wide = labels.expand(*labels.shape[:-3], out[-3], *labels.shape[-2:]).unflatten(-3, (shape[-3], -1))
                 labels = join_over(wide, [wide.dim() - 3]).squeeze(-3)
             labels = join_over(labels, [i for i, s in enumerate(shape) if s == 1])
-            self._backward(node, compress(labels), role, kind)  # type: ignore[arg-type]
-        mask = argument(core.value, "attn_mask")
-        if isinstance(mask, fx.Node):
-            self._side(Operand(mask, _right_aligned(shape_of(mask), out)), value)
+            result.append((node, role, compress(labels)))
+        return result
 
-    def _operands(self, node: fx.Node, labels: Labels, roles: list[tuple[fx.Node, str, Kind]]) -> None:
+    def _core_sides(self, node: fx.Node, labels: Labels) -> None:
+        """Operands of a core that are not q, k, v or what the core itself made: a mask, the bias of a baddbmm."""
+        core = next(c for c in self.site.cores if node in (c.score, c.value))
+        if core.fused:
+            mask = argument(core.value, "attn_mask")
+            if isinstance(mask, fx.Node):
+                self._side(Operand(mask, _right_aligned(shape_of(mask), shape_of(core.value))), labels)
+            return
         description = aligned(node)
         assert description is not None
         for operand in description.operands:
-            if (CORE, operand.node) in self.labels:
-                continue
-            chosen = next((r for r in roles if r[0] is operand.node), None)
-            if chosen is None:
+            if operand.node not in (core.q, core.k, core.v) and (CORE, operand.node) not in self.labels:
                 self._side(operand, labels)
-            else:
-                roles = [r for r in roles if r is not chosen]
-                self._backward(operand.node, self.facts.carrier.align_backward(operand, labels), *chosen[1:])
 
     def _side(self, operand: Operand, labels: Labels) -> None:
         """An operand that enters the region from outside: follow it if it has a head axis."""
@@ -191,7 +167,15 @@ class _Follower:
         if self._demanded(back, "core"):
             if (CORE, operand.node) in self.labels:
                 return
-            self._follow_side(operand.node, back)
+            self._meet(operand.node)
+            if varying(back):
+                self._follow_side(operand.node, back)
+
+    def _meet(self, node: fx.Node) -> None:
+        """Raise Meets when ``node`` comes from the output of a core that is not of this site."""
+        others = [c for c in self.facts.cores_behind(node) if c not in self.site.cores]
+        if others:
+            raise Meets(others)
 
     def _follow_side(self, node: fx.Node, labels: Labels) -> None:
         """Follow a tensor from outside; one that KV heads own (a gate made from the values) is carried once per KV
@@ -199,13 +183,13 @@ class _Follower:
         role, site = f"side:{node.name}", self.site
         before = len(site.leaves), len(site.frontiers), len(site.projections)
         try:
-            self._backward(node, labels, role, "core")
+            self._backward({node: labels}, role, "core")
         except _OwnedByKV:
             for key in [k for k in self.labels if k[0] == role]:
                 del self.labels[key]
             for found, count in zip((site.leaves, site.frontiers, site.projections), before, strict=True):
                 del found[count:]  # type: ignore[attr-defined]
-            self._backward(node, labels, role, "kv")
+            self._backward({node: labels}, role, "kv")
 
     def _demanded(self, labels: Labels, kind: Kind) -> bool:
         first, last = low(labels), high(labels)
@@ -216,27 +200,27 @@ class _Follower:
 
     # -- backward ------------------------------------------------------------------------------------------------
 
-    def _backward(self, start: fx.Node, labels: Labels, role: str, kind: Kind) -> None:
-        """Follow ``labels`` of ``start`` to the parameters that make it."""
-        if not self._demanded(labels, kind):
+    def _backward(self, starts: dict[fx.Node, Labels], role: str, kind: Kind) -> None:
+        """Follow the labels of ``starts`` to the parameters that make them."""
+        if not any(self._demanded(labels, kind) for labels in starts.values()):
             return
         site = self.site
         site.kinds[role] = kind
         before = len(site.leaves), len(site.frontiers), len(site.projections), len(site.ties)
-        self._follow(start, labels, role, kind)
+        self._follow(starts, role, kind)
         while self.forced.isdisjoint(joins := self._statistic_joins(role)) and joins:
             self.forced |= joins
             for key in [k for k in self.labels if k[0] == role]:
                 del self.labels[key]
             for found, count in zip((site.leaves, site.frontiers, site.projections, site.ties), before, strict=True):
                 del found[count:]  # type: ignore[attr-defined]
-            self._follow(start, labels, role, kind)
+            self._follow(starts, role, kind)
         if site.kv_heads == 1 and kind == "kv":
             self._prune(role)
         self._settle(role)
 
-    def _follow(self, start: fx.Node, labels: Labels, role: str, kind: Kind, tie: bool = False) -> None:
-        """Move ``labels`` backward from ``start``. With ``tie`` the nodes stay whole: only the parameters are wanted
+    def _follow(self, starts: dict[fx.Node, Labels], role: str, kind: Kind, tie: bool = False) -> None:
+        """Move labels backward from ``starts``. With ``tie`` the nodes stay whole: only the parameters are wanted
         whose entries make each head."""
         order = self.facts.order
         pending: dict[fx.Node, Labels] = {}
@@ -251,7 +235,8 @@ class _Follower:
             by_order[order[node]] = node
             heapq.heappush(queue, -order[node])
 
-        push(start, labels)
+        for start, labels in starts.items():
+            push(start, labels)
         while queue:
             node = by_order[-heapq.heappop(queue)]
             found = pending[node]
@@ -348,7 +333,15 @@ class _Follower:
                 known[node] = compress(result)
             else:
                 known[node] = own
-            self.labels[role, node] = fill_gaps(labels, known[node] != EMPTY)
+            there = known[node] != EMPTY
+            filled = fill_gaps(labels, there)
+            if isinstance(description, Move) and bool(((filled == EMPTY) & there).any()):
+                # A part of which only some heads are asked for (one head taken out by number) holds the others too.
+                sources = {s: self.labels[role, s] for s in description.sources if (role, s) in self.labels}
+                if sources:
+                    moved = carrier.move_forward(node, sources)
+                    filled = compress(torch.where(filled == EMPTY, moved, filled))
+            self.labels[role, node] = filled
 
     def _prune(self, role: str) -> None:
         """With one KV head every element is labelled alike: keep only what comes from a parameter cut elsewhere, and
@@ -390,11 +383,12 @@ class _Follower:
             raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node, kind="layout")
         if not axes and self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
             return
-        if not axes:
+        if not axes and len(self.site.cores) == 1:
             raise Refused(f"parameter {node.target} belongs to one head as a whole", node, kind="layout")
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
             raise _OwnedByKV(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
-        (self.site.ties if tie else self.site.leaves).append(LeafUse(node, role, axes[0], found.reshape(-1)))
+        axis = axes[0] if axes else -1
+        (self.site.ties if tie else self.site.leaves).append(LeafUse(node, role, axis, found.reshape(-1)))
 
     def _free(self, labels: Labels) -> torch.Tensor:
         """True where several KV heads (or, with one KV head, several query heads) share an element."""
@@ -414,13 +408,13 @@ class _Follower:
             raise _OwnedByKV(f"{reason} belongs to KV heads, not query heads", node)
         self.site.frontiers.append((role, node))
         if kind == "kv" or role == "q":
-            self._follow(node, found, role, kind, tie=True)
+            self._follow({node: found}, role, kind, tie=True)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def _forward(self, starts: dict[fx.Node, Labels], value_labels: Labels) -> None:
-        """Follow the core's output to the contractions that sum over heads."""
-        order, core = self.facts.order, self.site.core
+    def _forward(self, starts: dict[fx.Node, Labels], values: dict[fx.Node, Labels]) -> None:
+        """Follow the cores' outputs to the contractions that sum over heads."""
+        order = self.facts.order
         queue: list[int] = []
         waiting: dict[int, fx.Node] = {}
 
@@ -432,14 +426,15 @@ class _Follower:
 
         for node, labels in starts.items():
             self.labels[CORE, node] = labels
+            self._core_sides(node, labels)
             push_users(node)
         while queue:
             node = waiting[heapq.heappop(queue)]
             if (CORE, node) in self.labels:
                 continue
-            if node is core.value:
-                self.labels[CORE, node] = value_labels
-                self._operands(node, value_labels, [(core.v, "v", "kv")])
+            if node in values:
+                self.labels[CORE, node] = values[node]
+                self._core_sides(node, values[node])
                 push_users(node)
                 continue
             if node.op == "output":
@@ -479,10 +474,14 @@ class _Follower:
     def _missing_source(self, node: fx.Node, source: fx.Node, known: dict[fx.Node, Labels]) -> None:
         """A tensor joined (cat) to one that carries heads: it carries the same heads unless it is joined beside
         them."""
-        if op_name(node) not in ("cat", "concat", "concatenate"):
+        if op_name(node) not in ("cat", "concat", "concatenate", "stack"):
+            return
+        if op_name(node) == "stack":
+            self._meet(source)
             return
         dim = int(argument(node, "dim", 0)) % len(shape_of(node))
         other = next(iter(known.values()))
+        self._meet(source)
         if other.size(dim) > 1:
             return
         known[source] = other
@@ -527,7 +526,7 @@ class _Follower:
 
     @staticmethod
     def _only_reported(node: fx.Node) -> bool:
-        """True when nothing but outputs of the model are made from ``node`` (attention weights, averaged over heads)."""
+        """True when only outputs of the model are made from ``node`` (attention weights, averaged over heads)."""
         stack, seen = [node], {node}
         while stack:
             for user in stack.pop().users:
@@ -543,14 +542,14 @@ class _Follower:
 
     def _allowed(self, node: fx.Node) -> bool:
         """True when a norm or reduction over the outputs (or the weights) of all heads may run over the kept ones."""
-        return self.facts.allow_inexact and not (set(node.users) & {self.site.core.value})
+        return self.facts.allow_inexact and not any(c.value in node.users for c in self.site.cores)
 
     def _combine(self, node: fx.Node, first: Labels, second: Labels) -> None:
         raise Refused("heads are combined with each other", node, kind="heads combined")
 
     def _sums_heads(self, node: fx.Node, description: Aligned, operand: Operand, labels: Labels) -> None:
         """``node`` contracts over the head axis: with a weight it is the output projection, otherwise a refusal."""
-        after_values = (CORE, self.site.core.value) in self.labels
+        after_values = all((CORE, c.value) in self.labels for c in self.site.cores)
         weights = [o for o in description.operands[:2] if o.node in self.facts.constants]
         if not description.contraction or not weights:
             raise Refused("heads are summed or reduced together", node, kind="norm across heads")
@@ -572,55 +571,23 @@ class _Follower:
         self.site.projections.append(node)
         if ("o", weight.node) in self.labels:
             raise Refused("one weight projects the heads out twice", node, kind="shared weights")
-        self._backward(weight.node, back.contiguous(), "o", "core")
+        self._backward({weight.node: back.contiguous()}, "o", "core")
 
     def _before_values(self, node: fx.Node) -> bool:
         """True for a node whose heads come from the scores or probabilities, not from the attention output."""
-        core = self.site.core
-        if core.fused:
+        values = {c.value for c in self.site.cores}
+        if node in values or all(c.fused for c in self.site.cores):
             return False
         stack, seen = [n for n in node.all_input_nodes if (CORE, n) in self.labels], set()
         while stack:
             current = stack.pop()
-            if current is core.value:
+            if current in values:
                 return False
             if current in seen:
                 continue
             seen.add(current)
             stack.extend(n for n in current.all_input_nodes if (CORE, n) in self.labels)
         return True
-
-
-class _Combinations(_Follower):
-    """Only follows the output forward, and notes which heads meet on the way to the output projection."""
-
-    def pairs(self) -> torch.Tensor:
-        """Pairs of heads that are combined, as columns [2, n]; none when the output meets another obstacle."""
-        self.found: list[torch.Tensor] = []
-        self.labels.clear()
-        try:
-            self._forward({self.site.core.score: heads(self.count.score)}, heads(self.count.value))
-        except Refused:
-            return torch.empty(2, 0, dtype=torch.long)
-        return torch.cat([torch.empty(2, 0, dtype=torch.long), *self.found], 1)
-
-    def _combine(self, node: fx.Node, first: Labels, second: Labels) -> None:
-        both = torch.stack(torch.broadcast_tensors(first, second)).reshape(2, -1)
-        if not bool(single(both).all()):
-            super()._combine(node, first, second)
-        self.found.append(low(both[:, different_heads(both)]))
-
-    def _operands(self, node: fx.Node, labels: Labels, roles: list[tuple[fx.Node, str, Kind]]) -> None:
-        pass
-
-    def _side(self, operand: Operand, labels: Labels) -> None:
-        pass
-
-    def _follow_side(self, node: fx.Node, labels: Labels) -> None:
-        pass
-
-    def _sums_heads(self, node: fx.Node, description: Aligned, operand: Operand, labels: Labels) -> None:
-        pass
 
 
 def _right_aligned(shape: tuple[int, ...], out: tuple[int, ...]) -> tuple[int | None, ...]:

@@ -37,6 +37,33 @@ class GraphFacts:
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
         self.constants = constant_nodes(module.graph)
         self.carrier = Carrier(module, self.constants)
+        self.core_of: dict[fx.Node, Core] = {}
+        """Every core of the graph by the node that makes its output."""
+        self._behind: dict[fx.Node, tuple[Core, ...]] = {}
+
+    def cores_behind(self, node: fx.Node) -> tuple[Core, ...]:
+        """The cores whose outputs reach ``node`` without a contraction between."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if current in self._behind:
+                stack.pop()
+                continue
+            if current in self.core_of:
+                self._behind[current] = (self.core_of[current],)
+                continue
+            description = step(current)
+            sources: list[fx.Node] = []
+            if isinstance(description, Move):
+                sources = list(description.sources)
+            elif isinstance(description, Aligned) and not description.contraction and current not in self.constants:
+                sources = [o.node for o in description.operands]
+            unknown = [s for s in sources if s not in self._behind]
+            if unknown:
+                stack.extend(unknown)
+                continue
+            self._behind[current] = tuple(dict.fromkeys(c for s in sources for c in self._behind[s]))
+        return self._behind[node]
 
 
 def find_cores(facts: GraphFacts) -> Found:
@@ -61,6 +88,7 @@ def find_cores(facts: GraphFacts) -> Found:
         known.add((core.score, core.value))
         count = names[path] = names.get(path, 0) + 1
         found.cores.append((path if count == 1 else f"{path}#{count}", core))
+        facts.core_of[core.value] = core
     return found
 
 

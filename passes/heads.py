@@ -7,7 +7,9 @@ one class. At the core, batch entries that hold the same class are the same head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -56,19 +58,57 @@ class Classes:
 class HeadCount:
     """Heads of a core, canonically numbered (sorted by KV head).
 
-    ``score`` and ``value`` give the canonical head of each entry of the core's score and output (compressed shapes).
+    ``score`` and ``value`` give, for each core, the canonical head of each entry of its score and output (compressed
+    shapes).
     """
 
     kv_of: tuple[int, ...]
     model_heads: tuple[int, ...]
     model_kv_heads: tuple[int, ...]
-    score: Tensor
-    value: Tensor
+    score: tuple[Tensor, ...]
+    value: tuple[Tensor, ...]
 
 
-def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
-    """Number the query and KV heads of ``core``. Raises Refused when its structure has no heads that could be
-    dropped."""
+def count_heads(facts: GraphFacts, cores: Sequence[Core]) -> HeadCount:
+    """Number the query and KV heads of the cores of one site: those of each core follow those of the one before, and
+    cores that read the same keys and values share KV heads. Raises Refused when the structure has no heads."""
+    counts = [_count(facts, core) for core in cores]
+    if len(counts) == 1:
+        return counts[0]
+    kv: dict[tuple[Any, Any, int], int] = {}
+    heads: list[tuple[int, int, int]] = []
+    for i, (core, count) in enumerate(zip(cores, counts, strict=True)):
+        for c, g in enumerate(count.kv_of):
+            heads.append((kv.setdefault((_source(core.k), _source(core.v), g), len(kv)), i, c))
+    order = sorted(range(len(heads)), key=lambda h: (heads[h][0], h))
+    number = {heads[h][1:]: n for n, h in enumerate(order)}
+
+    def renumbered(i: int, local: Tensor) -> Tensor:
+        return torch.tensor([number[i, c] for c in range(len(counts[i].kv_of))])[local]
+
+    return HeadCount(
+        tuple(heads[h][0] for h in order),
+        tuple(order),
+        tuple(range(len(kv))),
+        tuple(renumbered(i, count.score[0]) for i, count in enumerate(counts)),
+        tuple(renumbered(i, count.value[0]) for i, count in enumerate(counts)),
+    )
+
+
+def _source(node: fx.Node) -> Any:
+    """Equal for nodes that move the same tensor in the same way (one key, transposed anew for every head)."""
+    if not isinstance(step(node), Move):
+        return node
+
+    def key(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return _source(argument)
+        return tuple(key(a) for a in argument) if isinstance(argument, list | tuple) else argument
+
+    return (node.target, key(node.args), tuple((k, key(v)) for k, v in node.kwargs.items()))
+
+
+def _count(facts: GraphFacts, core: Core) -> HeadCount:
     if core.fused:
         return _count_fused(facts, core)
     score, value = aligned(core.score), aligned(core.value)
@@ -106,7 +146,7 @@ def count_heads(facts: GraphFacts, core: Core) -> HeadCount:
     heads, tables = _number(pairs // width, pairs % width, v)
     q_table = torch.zeros(int(q.max()) + 1, dtype=torch.long)
     q_table[(pairs // width).reshape(-1)] = heads.reshape(-1)
-    return HeadCount(*tables, compress(q_table[q]), compress(heads))
+    return HeadCount(*tables, (compress(q_table[q]),), (compress(heads),))
 
 
 def _count_fused(facts: GraphFacts, core: Core) -> HeadCount:
@@ -136,7 +176,7 @@ def _count_fused(facts: GraphFacts, core: Core) -> HeadCount:
     q, k, v = torch.broadcast_tensors(q, *found)
     heads, tables = _number(q, k, v)
     heads = compress(heads)
-    return HeadCount(*tables, heads, heads)
+    return HeadCount(*tables, (heads,), (heads,))
 
 
 def _depends_on_more(facts: GraphFacts, core: Core, q: Tensor) -> bool:
@@ -216,8 +256,7 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> tuple[Tensor, Tens
 
 def different_heads(pairs: Tensor) -> Tensor:
     """Where both labels of a column are single heads, and not the same."""
-    both: Tensor = single(pairs).all(0)
-    return both & (pairs[0] != pairs[1])
+    return torch.logical_and(torch.logical_and(single(pairs[0]), single(pairs[1])), pairs[0] != pairs[1])
 
 
 def unite_heads(count: HeadCount, pairs: Tensor) -> HeadCount:
@@ -241,8 +280,8 @@ def unite_heads(count: HeadCount, pairs: Tensor) -> HeadCount:
         tuple(kv_order.index(kv_root[r]) for r in order),
         tuple(sorted(first).index(f) for f in first),
         tuple(sorted(model_kv).index(f) for f in model_kv),
-        compress(number[count.score]),
-        compress(number[count.value]),
+        tuple(compress(number[n]) for n in count.score),
+        tuple(compress(number[n]) for n in count.value),
     )
 
 

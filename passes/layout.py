@@ -85,6 +85,8 @@ class Layout:
         axis."""
         labels = self.site.labels[role, node]
         shape = shape_of(node)
+        if not varying(labels):
+            return NewShape(shape, shape, {})
         numbers = self.new_heads(labels, role)
         stays = numbers != DROP
         kept: dict[int, Tensor] = {}
@@ -177,6 +179,25 @@ class Layout:
             averaged = members[:1] if self.plan.kv_merge == "select" and use.role != "q" else members
             result.append(HeadBlock(use.role, head, to, tuple(averaged), tuple(members)))
         return result
+
+    def representative(self, head: int, role: str) -> int:
+        """The original head (of KV heads: the first that reads it) that stands for ``head`` under ``role``."""
+        if self.site.kinds[role] == "kv":
+            group = next((g for g in self.kv_groups if self.site.kv_of[head] in g), None)
+            return self.site.group(group[0])[0] if group is not None else -1
+        return next((g[0] for g in self.query_groups if head in g), -1)
+
+    def check_whole(self, use: LeafUse) -> None:
+        """Raise Refused when the plan merges a head that has a parameter of its own."""
+        head = int(low(use.labels).reshape(-1)[0])
+        groups = self.kv_groups if self.site.kinds[use.role] == "kv" else self.query_groups if use.role == "q" else []
+        number = self.site.kv_of[head] if self.site.kinds[use.role] == "kv" else head
+        if any(len(g) > 1 and number in g for g in groups):
+            raise Refused(
+                f"parameter {use.node.target} belongs to one head alone, so that heads can be dropped but not merged",
+                use.node,
+                kind="layout",
+            )
 
     def _members(self, role: str, head: int) -> list[tuple[int, int]]:
         """The original head intervals that new head ``head`` of ``role`` stands for."""

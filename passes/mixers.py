@@ -103,7 +103,7 @@ def _is_float(node: fx.Node) -> bool:
 
 def _owned(facts: GraphFacts, sites: Iterable[Site], refusals: Iterable[Refusal]) -> set[fx.Node]:
     owned = {node for site in sites for _, node in site.labels}
-    anchors = [s.core.anchor for s in sites] + [r.anchor for r in refusals if r.anchor is not None]
+    anchors = [c.anchor for s in sites for c in s.cores] + [r.anchor for r in refusals if r.anchor is not None]
     return owned | region(facts, anchors)
 
 

@@ -11,11 +11,11 @@ from typing import TypeVar
 from torch import fx
 
 from sqa_fx.errors import NoAttentionError, PlanError
+from sqa_fx.passes.analyse import analyse
 from sqa_fx.passes.check import check_graph
 from sqa_fx.passes.choose import check_fit, choose, weight_scores
-from sqa_fx.passes.demand import analyse
 from sqa_fx.passes.find import GraphFacts, find_cores
-from sqa_fx.passes.locate import location, named, nodes_at, place
+from sqa_fx.passes.locate import location, named, nodes_at
 from sqa_fx.passes.mixers import OtherMixer, other_mixers
 from sqa_fx.passes.rewrite import Rewritten, rewrite
 from sqa_fx.passes.simplify import simplify
@@ -84,14 +84,16 @@ def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:
     facts = GraphFacts(module, allow_inexact)
     found = find_cores(facts)
     sites, refusals = [], list(found.refusals)
+    joined: set[fx.Node] = set()
     for name, core in found.cores:
+        if core.value in joined:
+            continue
         try:
-            site = analyse(facts, name, core)
+            sites.append(analyse(facts, name, core))
         except Refused as refused:
             refusals.append(refused.refusal(name, core.anchor))
             continue
-        site.place = place(core.anchor)
-        sites.append(site)
+        joined.update(c.value for c in sites[-1].cores)
     return Analysis(facts, sites, refusals, other_mixers(facts, sites, refusals))
 
 
@@ -188,7 +190,7 @@ def run_passes(analysis: Analysis, plans: dict[str, SitePlan], timings: Timings)
             f"(node {nodes_at(refused.nodes, [location(n) for n in refused.at])})"
         ) from refused
     check_graph(module, "rewrite")
-    renamed = timings.timed("simplify", lambda: simplify(module, set(result.cores.values())))
-    result.cores = {site: renamed.get(name, name) for site, name in result.cores.items()}
+    renamed = timings.timed("simplify", lambda: simplify(module, {n for names in result.cores.values() for n in names}))
+    result.cores = {site: tuple(renamed.get(n, n) for n in names) for site, names in result.cores.items()}
     check_graph(module, "simplify")
     return result

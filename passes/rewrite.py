@@ -21,13 +21,13 @@ from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import depends_on_data, hint, is_tensor, shape_of, value_of
-from sqa_fx.passes.labels import EMPTY, single, varying
-from sqa_fx.passes.layout import Layout, NewShape
+from sqa_fx.passes.labels import low, single, varying
+from sqa_fx.passes.layout import DROP, Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
 from sqa_fx.passes.parameters import Cut, Tie, cut_tensor, in_place
 from sqa_fx.passes.propagate import FakeResults
 from sqa_fx.passes.resize import Resizer
-from sqa_fx.passes.site import LeafUse, Refusal, Refused, Site
+from sqa_fx.passes.site import Core, LeafUse, Refusal, Refused, Site
 from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
 
 
@@ -37,7 +37,7 @@ class Rewritten:
 
     parameters: tuple[ParameterPlan, ...] = ()
     outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
-    cores: dict[str, str] = field(default_factory=dict)
+    cores: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
@@ -58,6 +58,9 @@ def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx
             continue
         layout = Layout(site, plan)
         for use in site.leaves:
+            if use.whole:
+                layout.check_whole(use)
+                continue
             cut = cuts.setdefault(use.node, Cut(use.node, use.axis, shape_of(use.node)[use.axis]))
             cut.add(layout, use)
     return cuts
@@ -72,6 +75,9 @@ def plan_ties(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node,
             continue
         layout = Layout(site, plan)
         for use in site.ties:
+            if use.whole:
+                layout.check_whole(use)
+                continue
             tie = ties.setdefault(use.node, Tie(use.node, use.axis, shape_of(use.node)[use.axis]))
             tie.add(layout, use)
     return {node: tie.plan() for node, tie in ties.items() if tie.blocks}
@@ -239,7 +245,10 @@ class _Builder:
         self.repeated: dict[tuple[str, fx.Node], fx.Node] = {}
         self.projections: dict[fx.Node, fx.Node] = {}
         self.uses: dict[tuple[str, fx.Node], LeafUse] = {(u.role, u.node): u for u in site.leaves}
-        self.segments = {(u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves}
+        self.segments = {
+            (u.role, u.node): parameters.cuts[u.node].segment_of[site.name, u.role] for u in site.leaves if not u.whole
+        }
+        self.core_of = {n: c for c in site.cores for n in (c.score, c.value)}
 
     # -- the public steps ----------------------------------------------------------------------------------------
 
@@ -262,7 +271,7 @@ class _Builder:
             and any((CORE, i) in labels for i in n.all_input_nodes)
         ]
 
-    def commit(self, result: Rewritten) -> tuple[tuple[str, str], str]:
+    def commit(self, result: Rewritten) -> tuple[tuple[str, str], tuple[str, ...]]:
         """Put the new output projections, and outputs that carry heads, in the place of the old ones."""
         names = ("", "")
         for node, operand in self.site.narrowed:
@@ -291,7 +300,8 @@ class _Builder:
                 result.notes.append(f"output {node.name} of the model is taken over the kept heads only")
                 continue
             result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
-        return names, self.built[CORE, self.site.core.value].name
+        built = (self.built.get((CORE, c.value)) for c in self.site.cores)
+        return names, tuple(n.name for n in built if n is not None)
 
     def release_sizes(self) -> None:
         """Size queries of old tensors ask the new ones, so that the old region can go."""
@@ -319,13 +329,14 @@ class _Builder:
     def _build(self, role: str, node: fx.Node) -> fx.Node:
         site = self.site
         if (role, node) in self.uses:
+            if self.uses[role, node].whole:
+                return node
             return self.parameters.part(node, self.segments[role, node])
         if (role, node) in site.frontiers:
             return self._select(role, node)
-        if role == CORE and node is site.core.value and site.core.fused:
-            return self._fused_core(node)
-        if role == CORE and node in (site.core.score, site.core.value):
-            return self._contraction_core(node)
+        if role == CORE and node in self.core_of:
+            core = self.core_of[node]
+            return self._fused_core(core) if core.fused else self._contraction_core(core, node)
         description = step(node)
         if isinstance(description, Move):
             return self._move(role, node, description)
@@ -461,14 +472,15 @@ class _Builder:
         before = self._shape(found, source) if found is not None else None
 
         def swap(value: Any) -> Any:
+            if op_name(node) in ("cat", "concat", "concatenate", "stack") and isinstance(value, list | tuple):
+                # Parts that no kept head needs (a fused bias, the output of a dropped head) are left out.
+                back = self.facts.carrier.move_backward(node, self.site.labels[role, node])
+                value = [
+                    t for t in value if t not in back or bool((self.layout.new_heads(back[t], role) != DROP).any())
+                ]
             return fx.node.map_arg(value, lambda a: self._reach(role, a) if is_tensor(a) else a)
 
         target, args, kwargs = self._resizer(node).move(node, swap, self._shape(role, node), before)
-        if op_name(node) in ("cat", "concat", "concatenate"):
-            # Parts that no kept head needs (a fused bias), and parts without elements, do not shrink with the others.
-            back = self.facts.carrier.move_backward(node, self.site.labels[role, node])
-            needed = [not bool((back[t] == EMPTY).all()) for t in description.sources]
-            args = ([t for t, keep in zip(args[0], needed, strict=True) if keep], *args[1:])
         if op_name(node) in ("view", "_unsafe_view") and is_tensor(node):
             # Another attention kernel may serve the smaller shapes, and lay its output out in memory differently.
             target = torch.ops.aten.reshape.default
@@ -526,10 +538,25 @@ class _Builder:
 
     # -- the core ------------------------------------------------------------------------------------------------
 
-    def _fused_core(self, node: fx.Node) -> fx.Node:
-        core = self.site.core
+    def _core_operand(self, role: str, node: fx.Node) -> fx.Node:
+        """``node`` itself, or where heads have cores of their own and this one was merged into another, the operand
+        of the head that it was merged into."""
+        labels = self.site.labels.get((role, node))
+        if labels is None or varying(labels) or bool((self.layout.new_heads(labels, role) != DROP).any()):
+            return node
+        wanted = self.layout.representative(int(low(labels).reshape(-1)[0]), role)
+        for core in self.site.cores:
+            other = {"q": core.q, "k": core.k, "v": core.v}[role]
+            found = self.site.labels.get((role, other))
+            if found is not None and not varying(found) and int(low(found).reshape(-1)[0]) == wanted:
+                return other
+        raise Refused("merged heads have no core of their own", node, kind="layout")
+
+    def _fused_core(self, core: Core) -> fx.Node:
+        node = core.value
         rank = len(shape_of(node))
-        q, k, v = (self._reach(r, n) for r, n in (("q", core.q), ("k", core.k), ("v", core.v)))
+        own = {r: self._core_operand(r, n) for r, n in (("q", core.q), ("k", core.k), ("v", core.v))}
+        q, k, v = (self._reach(r, n) for r, n in own.items())
         sizes = [value_of(t).shape[-3] if value_of(t).dim() >= 4 else None for t in (q, k, v)]
         per_head = self._labelled_dim("q", core.q) == rank - 3 and rank == 4
         gqa = False
@@ -561,8 +588,8 @@ class _Builder:
         new.meta["val"] = self._scaled(value_of(node), self._shape(CORE, node))
         return new
 
-    def _contraction_core(self, node: fx.Node) -> fx.Node:
-        core, plan = self.site.core, self.layout.plan
+    def _contraction_core(self, core: Core, node: fx.Node) -> fx.Node:
+        plan = self.layout.plan
         if node is core.score:
             pairs = [("q", core.q), ("k", core.k)]
         else:
@@ -570,7 +597,7 @@ class _Builder:
             pairs = [(CORE, core.probabilities), ("v", core.v)]
         new = []
         for role, operand in pairs:
-            part = self._reach(role, operand)
+            part = self._reach(role, operand if role == CORE else self._core_operand(role, operand))
             wide = self.layout.heads_of(role) if role in self.site.kinds else self.layout.wide
             if role != CORE and wide != self.layout.wide and plan.hq != plan.hkv:
                 part = self._repeat(node, role, operand, part)
@@ -591,6 +618,8 @@ class _Builder:
         if labels is None or not bool(single(labels).any()):
             return new
         dims = varying(labels)
+        if not dims:
+            return new
         if len(dims) != 1:
             if self.site.core.fused:
                 raise Refused("heads lie along two dimensions of the attention", old, kind="layout")

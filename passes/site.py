@@ -86,12 +86,18 @@ class Core:
 
 @dataclass(frozen=True)
 class LeafUse:
-    """A parameter (or constant) whose elements along ``axis`` belong to heads, under one role."""
+    """A parameter (or constant) whose elements along ``axis`` belong to heads, under one role. Without an axis the
+    parameter belongs to one head as a whole."""
 
     node: fx.Node
     role: str
     axis: int
     labels: Labels
+
+    @property
+    def whole(self) -> bool:
+        """True for a parameter of one head alone."""
+        return self.axis < 0
 
 
 @dataclass
@@ -104,7 +110,7 @@ class Site:
     """
 
     name: str
-    core: Core
+    cores: tuple[Core, ...]
     heads: int
     kv_heads: int
     kv_of: tuple[int, ...]
@@ -126,9 +132,14 @@ class Site:
     projections: list[fx.Node] = field(default_factory=list)
     carried_outputs: list[fx.Node] = field(default_factory=list)
     narrowed: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
-    """Reductions over all heads that only become outputs of the model, with their operand: taken over the kept heads."""
+    """Reductions over all heads that only become outputs of the model, with their operand."""
     inexact: list[tuple[fx.Node, str]] = field(default_factory=list)
     """Nodes that the user allowed to differ from the masked original, and how they do."""
+
+    @property
+    def core(self) -> Core:
+        """The first core: a site has several when their outputs meet before one output projection."""
+        return self.cores[0]
 
     def group(self, kv: int) -> tuple[int, int]:
         """First and last canonical query head of canonical KV head ``kv``."""

@@ -294,9 +294,10 @@ class _Comparison:
         if bad is not None:
             output = next(n for n in self.original.graph.nodes if n.name == self.outputs[bad.name][0])
             raise VerifyError(
-                f"the rewritten graph differs from the masked original, first at site {named(bad.name, place(output))}: "
-                f"relative error {bad.error:.3g}, tolerance {tolerance:.3g} ({precision}). The model was not converted; "
-                "please report the site, and leave it out with a mapping of site patterns"
+                "the rewritten graph differs from the masked original, first at site "
+                f"{named(bad.name, place(output))}: relative error {bad.error:.3g}, tolerance {tolerance:.3g} "
+                f"({precision}). The model was not converted; please report the site, and leave it out with a mapping "
+                "of site patterns"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -271,8 +272,8 @@ def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str
     """Per site: what kind of node computes its attention now."""
     by_name = {n.name: n for n in module.graph.nodes}
     forms = {}
-    for site, name in (done.cores if done is not None else {}).items():
-        node = by_name.get(name)
+    for site, names in (done.cores if done is not None else {}).items():
+        node = by_name.get(names[0])
         if node is None:
             forms[site] = "sdpa"
         elif op_name(node) == SDPA:
@@ -287,14 +288,10 @@ def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str
 def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None) -> SiteReport:
     hq = plan.hq if plan is not None else site.heads
     hkv = plan.hkv if plan is not None else site.kv_heads
-    value = value_of(site.core.value)
-    batch = 1
-    for size in value.shape:
-        batch *= int(hint(size))
     v_dim = int(hint(value_of(site.core.v).shape[-1]))
-    # Every output element of the core is a sum over kv_len; the scores cost head_dim per element of the same grid.
-    grid = batch // v_dim
-    before = 2 * grid * site.kv_len * (site.head_dim + v_dim)
+    elements = sum(math.prod(int(hint(n)) for n in value_of(core.value).shape) for core in site.cores)
+    # Every output element of a core is a sum over kv_len; the scores cost head_dim per element of the same grid.
+    before = 2 * (elements // v_dim) * site.kv_len * (site.head_dim + v_dim)
     wide = max(hq, hkv)
     width = value_of(site.core.v).element_size() * (site.head_dim + v_dim)
     return SiteReport(

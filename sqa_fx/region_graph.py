@@ -72,7 +72,7 @@ def _site_graph(analysis: Analysis, site: Site, plan: SitePlan | None) -> Region
     for node in site.projections:
         roles.setdefault(node, ["o"])
     cuts = {use.node for use in site.leaves}
-    core = {site.core.anchor, site.core.score, site.core.value}
+    core = {n for c in site.cores for n in (c.anchor, c.score, c.value)}
     boxes = {}
     for node, own in roles.items():
         role: Role = "core" if node in core else _role(own)
