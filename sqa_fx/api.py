@@ -13,7 +13,8 @@ from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
-from sqa_fx.passes.capture import Captured, DynamicShapes, capture, clone_graph
+from sqa_fx.passes.capture import Captured, capture, clone_graph
+from sqa_fx.passes.capture_ways import DynamicShapes
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.ops import argument, op_name

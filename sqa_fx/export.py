@@ -14,7 +14,7 @@ from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import InputError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
-from sqa_fx.passes.capture import automatic_shapes
+from sqa_fx.passes.capture_ways import automatic_shapes
 
 if TYPE_CHECKING:
     from sqa_fx.exporters.to_onnx import OnnxArtifact
