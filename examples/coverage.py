@@ -192,7 +192,7 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
     except Exception as error:
         run.status, run.reason = "crashed", f"{type(error).__name__}: {str(error)[:300]}"
         return run
-    assert isinstance(converted, sqa_fx.ConvertedModule)
+    assert isinstance(converted, sqa_fx.ConvertedModule | sqa_fx.PartlyConvertedModule)
     report = converted.report
     run.converted = len(report.sites)
     run.refused = [f"{r.name}: {r.reason} ({', '.join(r.nodes)})" for r in report.refused]

@@ -12,7 +12,16 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.errors import CaptureError
-from sqa_fx.passes.capture_ways import TRY, DynamicShapes, Exported, export_some_way, quiet, reason
+from sqa_fx.passes.capture_ways import (
+    TRY,
+    DynamicShapes,
+    Exported,
+    Free,
+    export_some_way,
+    free_dimensions,
+    quiet,
+    reason,
+)
 from sqa_fx.passes.graph import attribute, drop_dead_code
 from sqa_fx.passes.hints import is_free, is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name
@@ -38,12 +47,14 @@ def capture(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    free: Free = free_dimensions,
 ) -> Captured:
     """Capture ``model`` called as ``model(*args, **kwargs)``; the model itself is not changed.
 
-    ``dynamic_shapes`` is "auto" (batch and sequence dimensions are dynamic where torch.export can), None (static), or a
-    specification as for ``torch.export.export``. Ways of exporting are tried in order, see capture_ways; the notes say
-    which one worked when it was not the first. Raises CaptureError with torch's reasons when none does.
+    ``dynamic_shapes`` is "auto" (the ``free`` dimensions, usually batch and sequence, are dynamic where torch.export
+    can), None (static), or a specification as for ``torch.export.export``. Ways of exporting are tried in order, see
+    capture_ways; the notes say which one worked when it was not the first. Raises CaptureError with torch's reasons
+    when none does.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(model, torch.export.ExportedProgram):
@@ -54,7 +65,7 @@ def capture(
     else:
         signature = _signature(model)
         training = model.training
-        exported = export_some_way(model, args, kwargs, dynamic_shapes)
+        exported = export_some_way(model, args, kwargs, dynamic_shapes, free)
     try:
         with quiet(exported.gradients):
             module = exported.program.run_decompositions({}).module(check_guards=False)

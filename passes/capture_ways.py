@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sqa_fx.errors import CaptureError, InputError
 
+Free = Callable[[Tensor], Sequence[int]]
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | Literal["auto"] | None
 TRY = (
     "what to try: pass inputs that reach the code path you serve; turn caches off (use_cache=False); "
@@ -60,7 +61,7 @@ class _Way:
 
 
 def export_some_way(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: DynamicShapes
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: DynamicShapes, free: Free
 ) -> Exported:
     """Export ``model`` in the first way that works; its notes say which one it was and why those before it failed.
 
@@ -69,10 +70,11 @@ def export_some_way(
     are registered with pytree: by their library where it offers that, otherwise as what they are, data classes or
     plain objects. Shapes that the caller specified are never dropped. Raises CaptureError with torch's reasons.
     """
-    ladder = _Ladder(model, args, kwargs, automatic_shapes(model, args, kwargs) if dynamic == "auto" else dynamic)
+    automatic = isinstance(dynamic, str)
+    ladder = _Ladder(model, args, kwargs, automatic_shapes(model, args, kwargs, free) if automatic else dynamic)
     versions = _state_versions(model)
     try:
-        return ladder.climb(static_too=dynamic == "auto")
+        return ladder.climb(static_too=automatic)
     finally:
         if _state_versions(model) != versions:
             ladder.notes.append("tracing ran code that changed buffers of the model in place")
@@ -89,7 +91,7 @@ class _Ladder:
         """Whether a cache was among it."""
 
     def climb(self, static_too: bool) -> Exported:
-        optional_cache = _cache_is_optional(self.model, self.args, self.kwargs)
+        optional_cache = cache_is_optional(self.model, self.args, self.kwargs)
         specs = [self.spec] if self.spec is None or not static_too else [self.spec, None]
         ways = [_Way(self.spec)]
         ways += [_Way(s, no_cache=optional_cache) for s in specs]
@@ -151,7 +153,7 @@ class _Ladder:
         # Dynamo would trace the hook; what non-strict export sees comes first and is the same.
         hook = None if way.strict else self.model.register_forward_hook(look)
         try:
-            with quiet(way.gradients), _attributes_kept(self.model):
+            with quiet(way.gradients), attributes_kept(self.model):
                 # Export marks the dynamic dimensions on the tensors: neither the user's nor a retry may see that.
                 args, named = fresh((self.args, kwargs))
                 program = torch.export.export(self.model, args, named, dynamic_shapes=spec, strict=way.strict)
@@ -179,7 +181,7 @@ class _Ladder:
         return "; ".join(parts)
 
 
-def _cache_is_optional(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def cache_is_optional(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """True when the model can be told to return no cache, was not told either way, and would not do so by itself."""
     try:
         signature = inspect.signature(model.forward)
@@ -251,7 +253,7 @@ def _fields_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[str]]:
 
 
 def _object(cls: type, values: Any, names: list[str]) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     vars(made).update(zip(names, values, strict=True))
     return made
 
@@ -279,7 +281,7 @@ def _state_versions(model: nn.Module) -> list[int]:
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
+def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Tracing runs the model's Python code: attributes that it set (to traced tensors, even) are put back."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
@@ -329,10 +331,7 @@ def free_dimensions(tensor: Tensor) -> list[int]:
 
 
 def automatic_shapes(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    free: Callable[[Tensor], Sequence[int]] = free_dimensions,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Free = free_dimensions
 ) -> Any:
     """Dim.AUTO for the ``free`` dimensions of every input. A size of 0 or 1 stays static, since export specialises it
     anyway. Raises InputError when the inputs do not fit the model's forward."""
