@@ -156,6 +156,7 @@ class _Ladder:
             with quiet(way.gradients), attributes_kept(self.model):
                 # Export marks the dynamic dimensions on the tensors: neither the user's nor a retry may see that.
                 args, named = fresh((self.args, kwargs))
+                _name_every_input(self.model, args, named)
                 program = torch.export.export(self.model, args, named, dynamic_shapes=spec, strict=way.strict)
             return Exported(program, self.args, kwargs, spec, way.gradients, self.notes)
         except Exception as error:
@@ -179,6 +180,31 @@ class _Ladder:
             for i, (why, ways) in enumerate(by_reason.items())
         ]
         return "; ".join(parts)
+
+
+def _name_every_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give ``model`` a forward that names what its ``**kwargs`` would collect, since torch.export takes dynamic shapes
+    for named inputs only. It is an attribute of the instance; the caller puts the attributes back."""
+    original = model.forward
+    try:
+        signature = inspect.signature(original)
+        bound = signature.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return
+    kinds = {name: signature.parameters[name].kind for name in bound}
+    collected = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+    if collected is None or inspect.Parameter.VAR_POSITIONAL in kinds.values():
+        return
+    names = [*(name for name in bound if name != collected), *bound[collected]]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    parameter = inspect.Parameter
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    )
+    model.forward = forward  # type: ignore[method-assign]
 
 
 def cache_is_optional(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.passes.capture import Captured, capture, clone_graph
-from sqa_fx.passes.capture_ways import DynamicShapes
+from sqa_fx.passes.capture_ways import TRY, DynamicShapes
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.ops import argument, op_name
@@ -129,7 +129,8 @@ def _capture_whole(
             raise
         failure = error
     assert isinstance(model, nn.Module)
-    found = timings.timed("capture", lambda: find_parts(model, args, kwargs, dynamic_shapes, str(failure)))
+    why = str(failure).removesuffix(f"; {TRY}")
+    found = timings.timed("capture", lambda: find_parts(model, args, kwargs, dynamic_shapes, why))
     if whole is not None and not found.site_names:
         return whole
     require_parts(found)

@@ -11,6 +11,7 @@ from torch import nn
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule, check_eager, modes, put_in_place, run_masked
+from sqa_fx.passes.capture_ways import TRY
 from sqa_fx.plan import Plan
 from sqa_fx.report import RefusedReport, Report
 from sqa_fx.submodules import Part, Parts, whole_plan
@@ -22,9 +23,11 @@ def require_parts(found: Parts) -> None:
         return
     refusals = [*found.refusals, *(r for part in found.parts for r in part.analysis.refusals)]
     if not refusals:
-        raise CaptureError(f"{found.why}; and none of its submodules computes attention")
+        raise CaptureError(f"{found.why}; and none of its submodules computes attention; {TRY}")
     first = "; ".join(f"{r.name}: {r.reason}" for r in refusals[:3])
-    raise CaptureError(f"{found.why}; none of its submodules with attention can be converted alone either: {first}")
+    raise CaptureError(
+        f"{found.why}; none of its submodules with attention can be converted alone either: {first}; {TRY}"
+    )
 
 
 def assemble(

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sqa_fx.calls import CallBinder
 from sqa_fx.errors import CaptureError, InputError, PlanError, SqaError
 from sqa_fx.passes.capture import Captured, capture
-from sqa_fx.passes.capture_ways import DynamicShapes, cache_is_optional, free_dimensions, fresh, reason
+from sqa_fx.passes.capture_ways import TRY, DynamicShapes, cache_is_optional, free_dimensions, fresh, reason
 from sqa_fx.passes.graph import module_path
 from sqa_fx.passes.hints import value_of
 from sqa_fx.passes.pipeline import Analysis, find_sites, fit_plan, make_plan
@@ -60,7 +60,11 @@ class Parts:
     def story(self) -> str:
         """What was done and why, as a note of the report."""
         paths = [part.path for part in self.parts]
-        return f"converted per submodule: {', '.join(paths)}; the rest stays eager, because {self.why}"
+        return f"converted per submodule: {', '.join(paths)}; the rest stays eager, because {_short(self.why)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def find_parts(
@@ -78,7 +82,10 @@ def find_parts(
         twin = copy.deepcopy(model)
         recording = record(twin, *fresh((args, kwargs)))
     except Exception as error:
-        raise CaptureError(f"{why}; its submodules cannot be exported one by one either: {reason(error)}") from error
+        raise CaptureError(
+            f"{why}; its submodules cannot be exported one by one either, because a copy of the model does not run: "
+            f"{reason(error)}; {TRY}"
+        ) from error
     found = Parts(twin, args, kwargs, fixed, why)
     if fixed:
         found.notes.append("called with use_cache=False: a KV cache would enter the submodules as an input")
@@ -127,7 +134,7 @@ class _Search:
                 try:
                     part = self._export(path, module, calls)
                 except SqaError as error:
-                    why = self.failed[kind] = str(error).partition("; what to try")[0]
+                    why = self.failed[kind] = str(error).removesuffix(f"; {TRY}")
         if part is not None and not depends_on_data(part.captured.graph_module, part.analysis):
             self._keep(part)
             return
