@@ -204,7 +204,7 @@ def _name_every_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
     )
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 def cache_is_optional(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -246,7 +246,7 @@ def _register(cls: type) -> bool:
             return True
         if not hasattr(cls, "__dict__") or getattr(cls, "__dictoffset__", 0) == 0:
             return False
-        pytree.register_pytree_node(cls, _fields, lambda values, names: _object(cls, values, names),
+        pytree.register_pytree_node(cls, _fields, lambda values, form: _object(cls, values, form),
                                     serialized_type_name=name, flatten_with_keys_fn=_fields_with_keys)  # fmt: skip
     except (TypeError, ValueError):
         return False
@@ -268,19 +268,24 @@ def _by_library(cls: type) -> bool:
     return True
 
 
-def _fields(value: Any) -> tuple[list[Any], list[str]]:
+def _fields(value: Any) -> tuple[list[Any], list[Any]]:
+    """The fields of a plain object. Texts are part of its form: torch could not save a graph that returns one."""
     names = sorted(vars(value))
-    return [vars(value)[name] for name in names], names
+    texts = {name: vars(value)[name] for name in names if isinstance(vars(value)[name], str)}
+    others = [name for name in names if name not in texts]
+    return [vars(value)[name] for name in others], [others, texts]
 
 
-def _fields_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[str]]:
-    values, names = _fields(value)
-    return [(pytree.GetAttrKey(n), v) for n, v in zip(names, values, strict=True)], names
+def _fields_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    values, form = _fields(value)
+    return [(pytree.GetAttrKey(n), v) for n, v in zip(form[0], values, strict=True)], form
 
 
-def _object(cls: type, values: Any, names: list[str]) -> Any:
+def _object(cls: type, values: Any, form: list[Any]) -> Any:
+    names, texts = form
     made: Any = object.__new__(cls)
     vars(made).update(zip(names, values, strict=True))
+    vars(made).update(texts)
     return made
 
 

@@ -65,6 +65,7 @@ def assemble(
         return result
     check = check_eager(expected, twin, paths, found.args, found.kwargs)
     _restore_modes(twin, flags)
+    result.training = twin.training
     assert report.proof is not None
     report.proof["eager"] = check
     report.notes.append(_sentence(check))
