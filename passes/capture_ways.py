@@ -107,7 +107,7 @@ class _Ladder:
                 return done or self._settle(with_cache)
             elif done is not None:
                 return done
-        if any(_ABOUT_GRADIENTS.search(reason) for _, reason in self.failed):
+        if any(_ABOUT_GRADIENTS.search(why) for way, why in self.failed if not way.strict):
             for spec in specs:
                 done = self.attempt(_Way(spec, no_cache=optional_cache, gradients=False))
                 if done is not None:

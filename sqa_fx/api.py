@@ -273,7 +273,7 @@ def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) ->
     ]
     count = _parameter_count(found.twin)
     report = merged_report(found, reports, count, count)
-    report.notes.insert(0, found.story())
+    report.notes.insert(0, found.story([part.path for part in found.parts if part.analysis.sites]))
     return report
 
 

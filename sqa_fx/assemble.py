@@ -51,7 +51,7 @@ def assemble(
     for part, converted in done:
         put_in_place(twin, part.path, converted)
     report = merged_report(found, reports, before, sum(p.numel() for p in twin.parameters()))
-    report.notes.insert(0, found.story())
+    report.notes.insert(0, found.story(paths))
     result = PartlyConvertedModule(twin, submodules=paths, plan=plan, report=report, fixed=found.fixed)
     if isinstance(expected, str):
         if expected:
@@ -101,10 +101,12 @@ def merged_report(found: Parts, reports: Sequence[tuple[Part, Report]], before: 
     for part, report in reports:
         whole.sites.extend(report.sites)
         whole.refused.extend(report.refused)
+        whole.milliseconds = report.milliseconds
+        if not report.sites:
+            continue  # it stays as it is: how it was exported does not matter
         dynamic.extend(f"{part.path}: {entry}" for entry in report.dynamic)
         static.extend(f"{part.path}: {entry}" for entry in report.static)
         whole.notes.extend(f"{part.path}: {note}" for note in report.notes)
-        whole.milliseconds = report.milliseconds
         if report.proof is not None:
             whole.proof = _merged_proof(whole.proof, report.proof)
     whole.dynamic, whole.static = tuple(dynamic), tuple(static)

@@ -57,9 +57,8 @@ class Parts:
         """The names of all sites, in order."""
         return [site.name for part in self.parts for site in part.analysis.sites]
 
-    def story(self) -> str:
+    def story(self, paths: Sequence[str]) -> str:
         """What was done and why, as a note of the report."""
-        paths = [part.path for part in self.parts]
         return f"converted per submodule: {', '.join(paths)}; the rest stays eager, because {_short(self.why)}"
 
 
