@@ -122,9 +122,24 @@ def _normalise(module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif op_name(node) == "native_dropout":
             _plain_dropout(graph, node)
+        elif op_name(node) == "_native_batch_norm_legit_functional":
+            _own_statistics(graph, node)
+        elif op_name(node) == "copy_" and value_of(node) is None:
+            node.meta["val"] = value_of(node.args[0])  # what the model writes to its own buffers, put back by export
     drop_dead_code(graph)
     graph.lint()
     module.recompile()
+
+
+def _own_statistics(graph: fx.Graph, node: fx.Node) -> None:
+    """Batch norm reads copies of its running statistics: autograd keeps them, and the graph writes to the buffers."""
+    for position in (3, 4):
+        held = node.args[position]
+        if isinstance(held, fx.Node):
+            with graph.inserting_before(node):
+                copied = graph.call_function(torch.ops.aten.clone.default, (held,))
+            copied.meta = dict(held.meta)
+            node.update_arg(position, copied)
 
 
 def _plain_dropout(graph: fx.Graph, node: fx.Node) -> None:

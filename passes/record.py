@@ -29,7 +29,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """The calls of every submodule, in order, and the submodules whose own code computes attention."""
+    """The submodules whose own code computes attention, and the calls, in order, of those that it lies in."""
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     attention: set[nn.Module] = field(default_factory=set)
@@ -72,6 +72,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     finally:
         for handle in handles:
             handle.remove()
+    bearing = {m for m in model.modules() if any(part in recording.attention for part in m.modules())}
+    recording.calls = {module: calls for module, calls in recording.calls.items() if module in bearing}
     return recording
 
 
@@ -96,6 +98,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 class _Attention(TorchDispatchMode):
     """Notes which module runs an op that may be attention."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, stack: list[nn.Module], found: set[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

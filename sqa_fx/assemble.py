@@ -60,15 +60,15 @@ def assemble(
     try:
         if any(flags.values()):
             result.eval()
+        check = check_eager(expected, twin, paths, found.args, found.kwargs)
+        assert report.proof is not None
+        report.proof["eager"] = check
+        report.notes.append(_sentence(check))
     except InputError as error:
         report.notes.append(f"the whole was not compared in eager, only its submodules were proved: {error}")
-        return result
-    check = check_eager(expected, twin, paths, found.args, found.kwargs)
-    _restore_modes(twin, flags)
-    result.training = twin.training
-    assert report.proof is not None
-    report.proof["eager"] = check
-    report.notes.append(_sentence(check))
+    finally:
+        _restore_modes(twin, flags)
+        result.training = twin.training
     return result
 
 

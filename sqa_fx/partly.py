@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sqa_fx.errors import InputError, VerifyError
 from sqa_fx.module import ConvertedModule
-from sqa_fx.passes.capture_ways import fresh
+from sqa_fx.passes.capture_ways import fresh, reason
 from sqa_fx.passes.record import undisturbed
 from sqa_fx.passes.verify import TOLERANCE, distance, masked_tensor
 from sqa_fx.plan import Plan
@@ -44,11 +45,16 @@ class PartlyConvertedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's outputs. Raises InputError when a submodule gets inputs that its graph does not serve."""
-        for name, value in self.fixed.items():
-            if kwargs.setdefault(name, value) != value:
-                raise InputError(
-                    f"input {name!r} was {value!r} when the submodules were captured and is fixed; got {kwargs[name]!r}"
-                )
+        if self.fixed:
+            given = inspect.signature(self.eager.forward).bind_partial(*args).arguments | kwargs
+            for name, value in self.fixed.items():
+                if name in given and given[name] != value:
+                    raise InputError(
+                        f"input {name!r} was {value!r} when the submodules were captured and is fixed; "
+                        f"got {given[name]!r}"
+                    )
+                if name not in given:
+                    kwargs[name] = value
         return self.eager(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PartlyConvertedModule:
@@ -128,16 +134,12 @@ class EagerCheck:
 
     outputs: list[Tensor]
     inner: dict[str, list[Any]]
-    notes: list[str] = field(default_factory=list)
 
 
 def run_masked(
     twin: nn.Module, plan: Plan, paths: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> EagerCheck | str:
-    """Run ``twin`` in eval mode with the plan's masked weights; a text says why that is not possible.
-
-    Raises VerifyError when the model gives another result on every call.
-    """
+    """Run ``twin`` in eval mode with the plan's masked weights; a text says why that gives nothing to compare with."""
     held = dict((*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)))
     masked = {}
     for parameter in plan.parameters:
@@ -156,7 +158,7 @@ def run_masked(
             )
         try:
             with undisturbed(twin):
-                return _copied(tensors_of(torch.func.functional_call(twin, masked, args, dict(kwargs))))  # type: ignore[no-any-return]
+                return _copied(tensors_of(torch.func.functional_call(twin, masked, *fresh((args, dict(kwargs))))))  # type: ignore[no-any-return]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -168,6 +170,8 @@ def run_masked(
         if any(not _same(a, b) for a, b in zip(outputs, run(note=False), strict=True)):
             return "the model gives another result on every call"
         return EagerCheck(outputs, inner)
+    except Exception as error:
+        return f"the masked original does not run: {reason(error)}"
     finally:
         for name, module in twin.named_modules():
             module.training = flags[name]

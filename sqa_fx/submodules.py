@@ -96,6 +96,9 @@ def find_parts(
                 "the model does not run at other batch or sequence sizes, so which sizes of its submodules' inputs "
                 "are free was guessed from their shapes"
             )
+    if twin in recording.attention:
+        own = "the forward of the model itself computes it, and the whole cannot be exported"
+        found.refusals.append(Refusal(type(model).__name__, own))
     search = _Search(found, recording, other, dynamic_shapes is not None)
     for name, child in twin.named_children():
         search.visit(name, child)

@@ -369,7 +369,7 @@ def test_it_trains() -> None:
         loss = F.cross_entropy(converted(ids)["logits"].flatten(0, 1), ids.roll(1, 1).flatten())
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     held = dict(converted.named_parameters())
     for parameter in converted.plan.parameters:
@@ -511,6 +511,45 @@ def test_a_parameter_that_others_read_is_not_cut() -> None:
     refusal = converted.report.refused[0]
     assert refusal.name == "layers.0.attention" and "v.weight is also extra.weight" in refusal.reason
     assert _at(converted, "extra.weight") is _at(converted, "layers.0.attention.v.weight")
+
+
+def test_a_cache_beside_experts_is_turned_off() -> None:
+    class Remembering(Mixture):
+        def forward(self, input_ids: Tensor, use_cache: bool = True) -> Any:
+            out = super().forward(input_ids)
+            if use_cache:
+                cache = KeyCache()
+                cache.keys.append(out["last"])
+                return out["last"], cache
+            return out["last"]
+
+    converted, ids = _convert(Remembering().eval()), tokens(2, 7)
+    assert _note(converted.report, "called with use_cache=False")
+    assert isinstance(converted(ids), Tensor) and torch.equal(converted(ids, False), converted(ids, use_cache=False))
+    for args, kwargs in (((ids, True), {}), ((ids,), {"use_cache": True})):
+        with pytest.raises(InputError, match="'use_cache' was False"):
+            converted(*args, **kwargs)
+
+
+def test_batch_norm_in_training_mode() -> None:
+    """It cannot be switched to eval mode for the comparison of the whole; the report says so."""
+
+    class Normed(Attention):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, HEADS)
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: Tensor, **others: Any) -> Tensor:
+            out: Tensor = self.norm(super().forward(x).transpose(1, 2)).transpose(1, 2)
+            return out
+
+    model = nn.Sequential(Normed(), Experts(WIDTH)).train()
+    before = whole_state(model)
+    converted = _convert(model, args=(X,))
+    assert _note(converted.report, "not compared in eager, only its submodules were proved: batch norm")
+    assert converted.training and all(m.training for m in converted.modules())
+    assert all(torch.equal(v, before[k]) for k, v in whole_state(model).items())
+    converted(X).sum().backward()
 
 
 def test_no_submodule_with_attention_can_be_exported() -> None:
