@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts
+from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
 from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
@@ -210,6 +210,7 @@ def _convert_parts(
     timings: Timings,
 ) -> PartlyConvertedModule:
     """Convert the submodules one by one, and put them into the copy of the model."""
+    require_sites(found)
     plans = timings.timed("plan", lambda: plan_parts(found, plan, hq, hkv, heads, kv_merge))
     if not any(plans):
         raise PlanError(f"no site is named by the request; sites are: {', '.join(found.site_names)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sqa_fx.errors import CaptureError, InputError, PlanError
+from sqa_fx.errors import CaptureError, InputError, NoAttentionError, PlanError
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule, check_eager, modes, put_in_place, run_masked
 from sqa_fx.passes.capture_ways import TRY
@@ -18,15 +18,26 @@ from sqa_fx.submodules import Part, Parts, whole_plan
 
 
 def require_parts(found: Parts) -> None:
-    """Raise CaptureError, with the reasons, when no submodule has a site that can be converted."""
-    if found.site_names:
+    """Raise CaptureError, with the reasons, when no submodule with attention could be exported."""
+    if found.parts:
         return
-    refusals = [*found.refusals, *(r for part in found.parts for r in part.analysis.refusals)]
-    if not refusals:
+    if not found.refusals:
         raise CaptureError(f"{found.why}; and none of its submodules computes attention; {TRY}")
-    first = "; ".join(f"{r.name}: {r.reason}" for r in refusals[:3])
+    first = "; ".join(f"{r.name}: {r.reason}" for r in found.refusals[:3])
     raise CaptureError(
         f"{found.why}; none of its submodules with attention can be converted alone either: {first}; {TRY}"
+    )
+
+
+def require_sites(found: Parts) -> None:
+    """Raise NoAttentionError, naming the nearest miss, when no exported submodule has a site that can be converted."""
+    if found.site_names:
+        return
+    miss = next(r for part in found.parts for r in part.analysis.refusals)
+    raise NoAttentionError(
+        f"no convertible attention found; nearest miss: {miss.name!r}, refused because {miss.reason}"
+        + (f", at node {', '.join(miss.nodes)}" if miss.nodes else "")
+        + f" (its module was exported alone, because {found.why})"
     )
 
 

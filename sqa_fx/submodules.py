@@ -59,6 +59,9 @@ class Parts:
 
     def story(self, paths: Sequence[str]) -> str:
         """What was done and why, as a note of the report."""
+        if not paths:
+            tried = ", ".join(part.path for part in self.parts)
+            return f"exported per submodule, without a site to convert: {tried}; because {_short(self.why)}"
         return f"converted per submodule: {', '.join(paths)}; the rest stays eager, because {_short(self.why)}"
 
 

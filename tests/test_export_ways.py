@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sqa_fx
 from sqa_fx import ConvertedModule, PartlyConvertedModule
-from sqa_fx.errors import CaptureError, InputError, PlanError, VerifyError
+from sqa_fx.errors import CaptureError, InputError, NoAttentionError, PlanError, VerifyError
 from sqa_fx.passes import capture_ways
 from sqa_fx.passes.capture import capture
 
@@ -570,6 +570,23 @@ def test_no_submodule_with_attention_can_be_exported() -> None:
         sqa_fx.convert(Model().eval(), hq=4, args=(X,))
     with pytest.raises(CaptureError, match="none of its submodules computes attention"):
         sqa_fx.convert(nn.Sequential(Experts(WIDTH)).eval(), hq=4, args=(X,))
+
+
+def test_the_nearest_miss_of_a_submodule() -> None:
+    class Talking(Attention):
+        """Mixes the heads' scores."""
+
+        def forward(self, x: Tensor, **others: Any) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            scores = torch.einsum("bhqk,hg->bgqk", q @ k.transpose(-2, -1), torch.ones(HEADS, HEADS))
+            out: Tensor = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return out
+
+    model = nn.Sequential(Talking(WIDTH, HEADS), Experts(WIDTH)).eval()
+    report = sqa_fx.inspect(model, args=(X,))
+    assert not report.sites and [r.name for r in report.refused] == ["0"]
+    with pytest.raises(NoAttentionError, match=r"nearest miss: '0'.*exported alone, because torch\.export failed"):
+        _convert(model, args=(X,))
 
 
 def test_code_around_that_depends_on_all_heads_is_caught() -> None:
