@@ -1,12 +1,14 @@
 """Convert every model of a zoo folder; print what was found, converted, proved and refused, and check the results.
 
-    python examples/coverage.py --zoo PATH [--only PATTERN ...] [--json] [--timeout SECONDS]
+    python examples/coverage.py --zoo PATH [--only PATTERN ...] [--jobs N] [--identity] [--out STEM] [--timeout SECONDS]
 
 PATH holds ``allzoo.py`` with ``ZOO``: name -> entry with ``impls``, ``build(impl) -> (model, kwargs)`` and ``n_attn``
 (the true number of attention layers, or None). A model that does not build for an implementation is no run. Beside
 the proof that convert makes, every converted model is compared with the user's own module, run in ordinary eager,
-after masked weights (worked out here from the plan's JSON alone) were loaded into it. Exit code 1 when a wrong result
-passed the proof.
+after masked weights (worked out here from the plan's JSON alone) were loaded into it. With ``--identity`` it is also
+converted to its own head counts, which must change no bit. A run is "whole" when every attention layer was converted
+and proved; attentions of one head have none to drop, and do not count against it. "no attention" are models without
+any softmax (or other weighing) over positions. Exit code 1 when a wrong result passed the proof.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import fnmatch
 import json
 import logging
+import multiprocessing
 import signal
 import sys
 import time
@@ -54,6 +57,11 @@ class Run:
     eager_error: float | None = None
     eager_check: str = ""
     refused: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    one_head: int = 0
+    mixers: int = 0
+    identity: str = ""
+    way: str = ""
     reason: str = ""
     seconds: float = 0.0
 
@@ -167,7 +175,30 @@ def eager_error(model: nn.Module, converted: nn.Module, kwargs: Mapping[str, Any
     return worst, f"{skipped} outputs of another shape" if skipped else ""
 
 
-def run_entry(name: str, entry: Any, impl: str) -> Run:
+def identical(model: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """Whether the model converted to its own head counts gives the same bits in eager: "exact", or what differs."""
+    same = sqa_fx.convert(model, hq=1.0, hkv=1.0, kwargs=kwargs, verify=False)
+    model.eval()
+    same.eval()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = _tensors(model(**kwargs))
+        torch.manual_seed(1)
+        actual = _tensors(same(**kwargs))
+    if len(expected) != len(actual):
+        return f"{len(expected)} outputs became {len(actual)}"
+    worst = 0.0
+    for e, a in zip(expected, actual, strict=True):
+        if e.shape != a.shape:
+            return f"an output of shape {tuple(e.shape)} became {tuple(a.shape)}"
+        if not torch.equal(e.isnan(), a.isnan()):
+            return "NaN elsewhere"
+        if not torch.equal(e.nan_to_num(), a.nan_to_num()):
+            worst = max(worst, float((e.double() - a.double()).nan_to_num().abs().max()))
+    return f"differs by {worst:.1e}" if worst else "exact"
+
+
+def run_entry(name: str, entry: Any, impl: str, identity: bool) -> Run:
     """Convert one entry, and compare what comes out with the user's own module."""
     run = Run(name, impl, true=entry.n_attn)
     try:
@@ -185,7 +216,10 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
         run.status, run.reason = "not exportable", str(error)[:300]
         return run
     except NoAttentionError as error:
-        run.status, run.reason = "refused", str(error)[:300]
+        run.kinds, run.reason = sorted(set(error.kinds)), str(error)[:300]
+        run.status = "no attention" if not error.kinds else "refused"
+        if run.kinds == ["one head"]:
+            run.status, run.one_head = "nothing to drop", len(error.kinds)
         return run
     except VerifyError as error:
         run.status, run.reason = "not proved", str(error)[:300]
@@ -196,17 +230,24 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
     except Exception as error:
         run.status, run.reason = "crashed", f"{type(error).__name__}: {str(error)[:300]}"
         return run
-    assert isinstance(converted, sqa_fx.ConvertedModule)
+    assert isinstance(converted, sqa_fx.ConvertedModule | sqa_fx.PartlyConvertedModule)
     report = converted.report
     run.converted = len(report.sites)
-    run.refused = [f"{r.name}: {r.reason} ({', '.join(r.nodes)})" for r in report.refused]
-    run.found = run.converted + len(run.refused)
+    run.one_head = sum(r.kind == "one head" for r in report.refused)
+    refused = [r for r in report.refused if r.kind != "one head"]
+    run.refused = [f"{r.name}: {r.reason} ({', '.join(r.nodes)})" for r in refused]
+    run.kinds = sorted({r.kind for r in refused})
+    run.found = run.converted + len(report.refused)
+    run.mixers = len(report.other_mixers)
+    run.way = "per submodule" if isinstance(converted, sqa_fx.PartlyConvertedModule) else ""
     if report.proof is not None:
         run.proof_error, run.proof_precision = report.proof["error"], report.proof["precision"]
         run.proved = sum(not site["silent"] for site in report.proof["sites"])
     try:
         problem = load_masked(model, converted.plan.to_json())
         run.eager_error, run.eager_check = (None, problem) if problem else eager_error(model, converted, kwargs)
+        if identity:
+            run.identity = identical(model, kwargs)
     except Exception as error:
         run.eager_check = f"not compared: {type(error).__name__}: {str(error)[:120]}"
     if run.eager_error is not None and not run.eager_error <= WRONG:
@@ -216,7 +257,7 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
         run.reason = (
             f"{run.converted - run.proved} sites give zeros on the example inputs, so nothing is proved of them"
         )
-    elif (run.true is not None and run.converted >= run.true) or (
+    elif (run.true is not None and run.converted + run.one_head >= run.true) or (
         run.true is None and run.converted and not run.refused
     ):
         run.status = "whole"
@@ -237,6 +278,82 @@ def _line(run: Run) -> str:
     )
 
 
+def one_run(job: tuple[str, str, int, bool]) -> Run:
+    """One entry in one implementation, timed and limited."""
+    import allzoo
+
+    name, impl, timeout, identity = job
+    entry = allzoo.ZOO[name]
+    start = time.perf_counter()
+    try:
+        with time_limit(timeout):
+            run = run_entry(name, entry, impl, identity)
+    except OutOfTime:
+        run = Run(name, impl, "out of time", true=entry.n_attn)
+    run.seconds = time.perf_counter() - start
+    return run
+
+
+def summarise(runs: list[Run]) -> dict[str, Any]:
+    """Counts of statuses, shares of whole conversions by run and by entry, and the comparisons."""
+    counted = [r for r in runs if r.status != "no run"]
+    summary: dict[str, Any] = {"runs": len(counted), "do not build": len(runs) - len(counted)}
+    summary.update(Counter(r.status for r in counted))
+    attention = [r for r in counted if r.status not in ("no attention", "nothing to drop")]
+    entries: dict[str, list[str]] = {}
+    for r in attention:
+        entries.setdefault(r.name, []).append(r.status)
+    takeable = {name: s for name, s in entries.items() if "not exportable" not in s}
+    summary["runs with attention to convert"] = len(attention)
+    summary["whole share of runs"] = _share([r.status == "whole" for r in attention])
+    summary["entries with attention to convert"] = len(entries)
+    summary["whole share of entries"] = _share([set(s) == {"whole"} for s in entries.values()])
+    summary["whole share of entries that export takes"] = _share([set(s) == {"whole"} for s in takeable.values()])
+    compared = [r for r in counted if r.eager_error is not None]
+    summary["compared in eager"] = len(compared)
+    summary["worst eager error"] = max((r.eager_error or 0.0 for r in compared), default=None)
+    summary["wrong results"] = sum(r.status == "WRONG" for r in counted)
+    checked = [r.identity for r in counted if r.identity]
+    if checked:
+        summary["identity checked"] = len(checked)
+        summary["identity exact"] = checked.count("exact")
+    summary["refusals by kind"] = dict(Counter(k for r in counted if r.status != "whole" for k in r.kinds))
+    return summary
+
+
+def _share(hits: list[bool]) -> float:
+    return round(sum(hits) / len(hits), 4) if hits else 0.0
+
+
+def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
+    """The summary and one row per run."""
+    lines = [
+        "# What converts",
+        "",
+        f"torch {torch.__version__}, hq = hkv = 0.5, proofs in float64. Made by",
+        "`python examples/coverage.py --zoo PATH --identity --out examples/results/coverage`.",
+        "",
+        "| | |",
+        "|---|---:|",
+        *(f"| {key} | {value} |" for key, value in summary.items()),
+        "",
+        "| model | form | result | converted | proof error | eager error | identity | refused or reason |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    for r in runs:
+        if r.status == "no run":
+            continue
+        proof = f"{r.proof_error:.0e}" if r.proof_error is not None else ""
+        eager = f"{r.eager_error:.0e}" if r.eager_error is not None else ""
+        why = "; ".join([*r.kinds, *([r.way] if r.way else []), *([r.reason[:90]] if r.reason else [])])
+        total = r.true if r.true is not None else r.found
+        lines.append(
+            f"| {r.name} | {r.impl} | {r.status} | {r.converted}/{total} | {proof} | {eager} | {r.identity} | "
+            f"{why.replace('|', '/')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the zoo. Returns 1 when a wrong result passed the proof, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,6 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     parser.add_argument("--timeout", type=int, default=120, metavar="SECONDS", help="per entry and implementation")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--identity", action="store_true", help="also convert to the model's own head counts")
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     options = parser.parse_args(argv)
     if not (options.zoo / "allzoo.py").is_file():
         print(f"{options.zoo} holds no allzoo.py", file=sys.stderr)
@@ -257,32 +377,26 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.insert(0, str(options.zoo.resolve()))
     import allzoo
 
+    wanted = [
+        (name, impl)
+        for name, entry in allzoo.ZOO.items()
+        for impl in entry.impls
+        if not options.only or any(fnmatch.fnmatchcase(t, p) for t in (name, f"{name}:{impl}") for p in options.only)
+    ]
+    jobs = [(name, impl, options.timeout, options.identity) for name, impl in wanted]
     runs: list[Run] = []
-    for name, entry in allzoo.ZOO.items():
-        for impl in entry.impls:
-            if options.only and not any(
-                fnmatch.fnmatchcase(t, p) for t in (name, f"{name}:{impl}") for p in options.only
-            ):
-                continue
-            start = time.perf_counter()
-            try:
-                with time_limit(options.timeout):
-                    run = run_entry(name, entry, impl)
-            except OutOfTime:
-                run = Run(name, impl, "out of time", true=entry.n_attn)
-            run.seconds = time.perf_counter() - start
+    # One process per model and worker at a time: a model that runs out of memory or time takes no other with it.
+    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=20) as pool:
+        for run in pool.imap(one_run, jobs):
             runs.append(run)
             if not options.json:
                 print(_line(run), flush=True)
-    counted = [r for r in runs if r.status != "no run"]
-    summary: dict[str, Any] = {"runs": len(counted), "do not build": len(runs) - len(counted)}
-    summary.update(Counter(r.status for r in counted))
-    whole = summary.get("whole", 0)
-    summary["whole share"] = round(whole / len(counted), 4) if counted else 0.0
-    compared = [r for r in counted if r.eager_error is not None]
-    summary["compared in eager"] = len(compared)
-    summary["worst eager error"] = max((r.eager_error or 0.0 for r in compared), default=None)
-    summary["wrong results"] = sum(r.status == "WRONG" for r in counted)
+    summary = summarise(runs)
+    if options.out is not None:
+        options.out.with_suffix(".json").write_text(
+            json.dumps({"summary": summary, "runs": [asdict(r) for r in runs]}, indent=1) + "\n"
+        )
+        options.out.with_suffix(".md").write_text(markdown(summary, runs))
     if options.json:
         print(json.dumps({"summary": summary, "runs": [asdict(r) for r in runs]}, indent=1))
     else:

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqa_fx.passes.capture import automatic_shapes, capture
+from sqa_fx.passes.capture import capture
+from sqa_fx.passes.capture_ways import automatic_shapes
 from sqa_fx.passes.pipeline import Timings, find_sites, make_plan, run_passes
 from sqa_fx.torchvision_ops import make_torchvision_importable
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from sqa_fx.errors import CaptureError, InputError
+from sqa_fx.errors import CaptureError
+from sqa_fx.passes.capture_ways import (
+    TRY,
+    DynamicShapes,
+    Exported,
+    Free,
+    export_some_way,
+    free_dimensions,
+    quiet,
+    reason,
+)
 from sqa_fx.passes.data_sizes import learn_data_sizes
 from sqa_fx.passes.graph import attribute, drop_dead_code
 from sqa_fx.passes.hints import is_free, is_tensor, value_of
 from sqa_fx.passes.ops import argument, op_name
-
-DynamicShapes = Mapping[str, Any] | Sequence[Any] | Literal["auto"] | None
-_TRY = (
-    "what to try: pass inputs that reach the code path you serve; turn caches off (use_cache=False); "
-    "pass dynamic_shapes=None for static shapes; or give an ExportedProgram that you exported yourself"
-)
 
 
 @dataclass
@@ -47,37 +48,47 @@ def capture(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "auto",
+    free: Free = free_dimensions,
 ) -> Captured:
     """Capture ``model`` called as ``model(*args, **kwargs)``; the model itself is not changed.
 
-    ``dynamic_shapes`` is "auto" (batch and sequence dimensions are dynamic where torch.export can), None (static), or a
-    specification as for ``torch.export.export``. Raises CaptureError with torch's reason when the model cannot be
-    exported.
+    ``dynamic_shapes`` is "auto" (the ``free`` dimensions, usually batch and sequence, are dynamic where torch.export
+    can), None (static), or a specification as for ``torch.export.export``. Ways of exporting are tried in order, see
+    capture_ways; the notes say which one worked when it was not the first. Raises CaptureError with torch's reasons
+    when none does.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    notes: list[str] = []
     if isinstance(model, torch.export.ExportedProgram):
-        program, spec = model, None
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = tuple(model.example_inputs[0]), dict(model.example_inputs[1])
+        exported = Exported(model, args, kwargs, None)
         signature, training = None, False
     else:
         signature = _signature(model)
         training = model.training
-        program, spec = _export(model, args, kwargs, dynamic_shapes, notes)
+        exported = export_some_way(model, args, kwargs, dynamic_shapes, free)
     try:
-        with _quiet():
-            program = program.run_decompositions({})
-            module = program.module(check_guards=False)
+        with quiet(exported.gradients):
+            module = exported.program.run_decompositions({}).module(check_guards=False)
     except Exception as error:
-        raise CaptureError(f"torch.export could not make the graph functional: {_reason(error)}; {_TRY}") from error
+        raise CaptureError(f"torch.export could not make the graph functional: {reason(error)}; {TRY}") from error
     assert isinstance(module, fx.GraphModule)
     # The module's calls are checked by its wrapper, which says what to do; torch's own check would only forbid.
     module._forward_pre_hooks.clear()
     _normalise(module)
-    learn_data_sizes(module, args, kwargs)
+    learn_data_sizes(module, exported.args, exported.kwargs)
     dynamic, static = _dynamic_report(module)
-    return Captured(module, args, kwargs, spec, training, signature, dynamic, static, notes)
+    return Captured(
+        module,
+        exported.args,
+        exported.kwargs,
+        exported.spec,
+        training,
+        signature,
+        dynamic,
+        static,
+        exported.notes,
+    )
 
 
 def _signature(model: nn.Module) -> inspect.Signature | None:
@@ -85,97 +96,6 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return inspect.signature(model.forward)
     except (TypeError, ValueError):
         return None
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: DynamicShapes, notes: list[str]
-) -> tuple[torch.export.ExportedProgram, Any]:
-    spec: Any = automatic_shapes(model, args, kwargs) if isinstance(dynamic, str) else dynamic
-    state = _state_versions(model)
-    first: Exception | None = None
-
-    def fresh() -> tuple[Any, ...]:
-        # Export marks the dynamic dimensions on the tensors themselves: neither the user's nor a retry may see that.
-        return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))  # type: ignore[no-any-return]
-
-    try:
-        if spec is not None:
-            try:
-                with _quiet():
-                    return torch.export.export(model, *fresh(), dynamic_shapes=spec, strict=False), spec
-            except Exception as error:
-                if not isinstance(dynamic, str):
-                    raise CaptureError(f"torch.export failed: {_reason(error)}; {_TRY}") from error
-                first = error
-        try:
-            with _quiet():
-                program = torch.export.export(model, *fresh(), strict=False)
-        except Exception as error:
-            raise CaptureError(f"torch.export failed: {_reason(error)}; {_TRY}") from error
-        if first is not None:
-            notes.append(f"all shapes are static, because dynamic ones failed: {_reason(first)}")
-        return program, None
-    finally:
-        if _state_versions(model) != state:
-            notes.append("tracing ran code that changed buffers of the model in place")
-
-
-def _state_versions(model: nn.Module) -> list[int]:
-    return [t._version for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:500]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No native attention fast path (it hides attention behind one op), gradients on, no export warnings."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def automatic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dim.AUTO for what is usually batch or sequence: the first two dimensions of integer and up to 3-D float inputs
-    (not a last feature dimension), all of a mask, the first one of images and other inputs. A size of 0 or 1 stays
-    static, since export specialises it anyway."""
-    auto = torch.export.Dim.AUTO
-
-    def spec(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        rank = leaf.dim()
-        if rank >= 3 and leaf.dtype == torch.bool:
-            dims = range(rank)
-        elif not leaf.is_floating_point() or rank == 1:
-            dims = range(min(rank, 2))
-        elif rank <= 3:
-            dims = range(rank - 1)
-        else:
-            dims = range(1)
-        return {d: auto for d in dims if leaf.size(d) > 1}
-
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise InputError(f"the example inputs do not fit the model's forward: {error}") from error
-    parameters = inspect.signature(model.forward).parameters
-    result: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            result.update({k: pytree.tree_map(spec, v) for k, v in value.items()})
-        else:
-            result[name] = pytree.tree_map(spec, value)
-    return result
 
 
 def _normalise(module: fx.GraphModule) -> None:
@@ -204,9 +124,24 @@ def _normalise(module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif op_name(node) == "native_dropout":
             _plain_dropout(graph, node)
+        elif op_name(node) == "_native_batch_norm_legit_functional":
+            _own_statistics(graph, node)
+        elif op_name(node) == "copy_" and value_of(node) is None:
+            node.meta["val"] = value_of(node.args[0])  # what the model writes to its own buffers, put back by export
     drop_dead_code(graph)
     graph.lint()
     module.recompile()
+
+
+def _own_statistics(graph: fx.Graph, node: fx.Node) -> None:
+    """Batch norm reads copies of its running statistics: autograd keeps them, and the graph writes to the buffers."""
+    for position in (3, 4):
+        held = node.args[position]
+        if isinstance(held, fx.Node):
+            with graph.inserting_before(node):
+                copied = graph.call_function(torch.ops.aten.clone.default, (held,))
+            copied.meta = dict(held.meta)
+            node.update_arg(position, copied)
 
 
 def _plain_dropout(graph: fx.Graph, node: fx.Node) -> None:

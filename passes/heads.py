@@ -207,7 +207,8 @@ def _united(numbers: Tensor, pairs: Tensor) -> Tensor:
     classes = Classes(int(numbers.max()) + 1)
     classes.unite(pairs[0], pairs[1])
     _, dense = torch.unique(classes.roots(numbers), return_inverse=True)
-    return dense
+    united: Tensor = dense
+    return united
 
 
 def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> tuple[Tensor, Tensor]:

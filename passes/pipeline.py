@@ -68,7 +68,7 @@ class Analysis:
             )
         miss = self.refusals[0]
         more = f" ({len(self.refusals) - 1} more sites were refused)" if len(self.refusals) > 1 else ""
-        raise NoAttentionError(
+        error = NoAttentionError(
             f"no convertible attention found; nearest miss: {named(miss.name, miss.place)}, refused because "
             + miss.reason
             + (f", at node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}" if miss.nodes else "")
@@ -76,6 +76,8 @@ class Analysis:
             + more
             + others
         )
+        error.kinds = tuple(r.kind for r in self.refusals)
+        raise error
 
 
 def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:

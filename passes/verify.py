@@ -21,7 +21,7 @@ from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import value_of
 from sqa_fx.passes.locate import named, place
 from sqa_fx.passes.parameters import mean
-from sqa_fx.plan import Plan, from_ranges
+from sqa_fx.plan import ParameterPlan, Plan, from_ranges
 
 Precision = Literal["float64", "native"]
 _WIDER = {
@@ -69,21 +69,39 @@ class Proof:
         }
 
 
+def worst(first: Proof | None, second: Proof) -> Proof:
+    """Two proofs of the same graphs on other inputs as one; a site is silent only where it was in both."""
+    if first is None:
+        return second
+    sites = tuple(
+        SiteProof(a.name, max(a.error, b.error), a.silent and b.silent)
+        for a, b in zip(first.sites, second.sites, strict=True)
+    )
+    return replace(
+        max(first, second, key=lambda proof: proof.tolerance),
+        error=max(first.error, second.error),
+        sites=sites,
+        shapes=first.shapes + second.shapes,
+        notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
+    )
+
+
 def masked_weights(module: fx.GraphModule, plan: Plan) -> dict[str, Tensor]:
     """The oracle's weights by parameter name: dropped output columns zero, merged heads replaced by their merge."""
-    masked: dict[str, Tensor] = {}
-    for parameter in plan.parameters:
-        old = attribute(module, parameter.name).detach()
-        new = old.clone()
-        for block in parameter.blocks:
-            if len(block.replaces) > 1:
-                merged = mean([_entries(old, parameter.axis, s) for s in block.sources])
-                for ranges in block.replaces:
-                    new.index_copy_(parameter.axis, torch.tensor(from_ranges(ranges), device=old.device), merged)
-        if any(block.role == "o" for block in parameter.blocks) and parameter.dropped:
-            new.index_fill_(parameter.axis, torch.tensor(from_ranges(parameter.dropped), device=old.device), 0)
-        masked[parameter.name] = new
-    return masked
+    return {p.name: masked_tensor(attribute(module, p.name).detach(), p) for p in plan.parameters}
+
+
+def masked_tensor(old: Tensor, parameter: ParameterPlan) -> Tensor:
+    """One of the oracle's weights from the original one."""
+    new = old.clone()
+    for block in parameter.blocks:
+        if len(block.replaces) > 1:
+            merged = mean([_entries(old, parameter.axis, s) for s in block.sources])
+            for ranges in block.replaces:
+                new.index_copy_(parameter.axis, torch.tensor(from_ranges(ranges), device=old.device), merged)
+    if any(block.role == "o" for block in parameter.blocks) and parameter.dropped:
+        new.index_fill_(parameter.axis, torch.tensor(from_ranges(parameter.dropped), device=old.device), 0)
+    return new
 
 
 def _entries(tensor: Tensor, axis: int, ranges: Sequence[str]) -> Tensor:
@@ -132,6 +150,8 @@ class _Run(fx.Interpreter):
         name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
         if name in ("dropout", "alpha_dropout", "feature_dropout", "bernoulli"):
             return args[0]
+        if name == "copy_":
+            return args[1]  # a model that writes to its buffers, which a proof must not do
         if name == "scaled_dot_product_attention":
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

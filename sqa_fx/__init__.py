@@ -4,8 +4,20 @@ from sqa_fx.api import convert, inspect
 from sqa_fx.errors import SqaError
 from sqa_fx.export import export
 from sqa_fx.module import ConvertedModule, load
+from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
 from sqa_fx.version import __version__
 
-__all__ = ["ConvertedModule", "Plan", "Report", "SqaError", "__version__", "convert", "export", "inspect", "load"]
+__all__ = [
+    "ConvertedModule",
+    "PartlyConvertedModule",
+    "Plan",
+    "Report",
+    "SqaError",
+    "__version__",
+    "convert",
+    "export",
+    "inspect",
+    "load",
+]

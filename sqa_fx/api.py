@@ -11,25 +11,30 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
 from sqa_fx.deferred import DeferredModule
-from sqa_fx.errors import InputError, PlanError
+from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
-from sqa_fx.passes.capture import Captured, DynamicShapes, capture, clone_graph
+from sqa_fx.partly import PartlyConvertedModule
+from sqa_fx.passes.capture import Captured, capture, clone_graph
+from sqa_fx.passes.capture_ways import TRY, DynamicShapes
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.locate import named, nodes_at
 from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
+from sqa_fx.passes.record import Call
 from sqa_fx.passes.rewrite import Rewritten
-from sqa_fx.passes.site import Site
-from sqa_fx.passes.verify import Inexact, Precision, Proof
+from sqa_fx.passes.site import Refusal, Site
+from sqa_fx.passes.verify import Inexact, Precision, Proof, worst
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
-from sqa_fx.region_graph import region_graphs
-from sqa_fx.report import OtherMixerReport, RefusedReport, Report, SiteReport
+from sqa_fx.region_graph import RegionGraph, region_graphs
+from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
 from sqa_fx.request import HeadChoice, Request
+from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -47,7 +52,7 @@ def convert(
     dynamic_shapes: DynamicShapes = "auto",
     verify: bool | Precision = True,
     allow_inexact: bool = False,
-) -> ConvertedModule | DeferredModule:
+) -> ConvertedModule | PartlyConvertedModule | DeferredModule:
     """Rewrite the attention of ``model`` into SQA form with its trained weights, prove it, and return the new module.
 
     ``hq`` and ``hkv`` are the query and KV heads to keep per site: a number, a fraction of the site's own heads
@@ -59,7 +64,9 @@ def convert(
     ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. ``allow_inexact`` also converts
     sites whose result cannot be exact, because a norm or a mean runs over the outputs or the weights of all heads: it
     runs over the kept ones then; the report marks these sites with how far they are off, and everything behind them
-    is still proved. The model passed in is never modified.
+    is still proved. The model passed in is never modified. Where torch.export cannot take the whole model, its largest
+    submodules that it can take are converted instead, in a copy of the model that otherwise runs as it did
+    (PartlyConvertedModule); the report's notes say so.
 
     Raises CaptureError, NoAttentionError, PlanError (an impossible request), VerifyError (the proof failed) and
     InputError.
@@ -99,11 +106,12 @@ def _convert(
     dynamic_shapes: DynamicShapes,
     verify: bool | Precision,
     allow_inexact: bool,
-) -> ConvertedModule:
+) -> ConvertedModule | PartlyConvertedModule:
     timings = Timings()
-    captured = timings.timed("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
-    original = clone_graph(captured.graph_module)
-    analysis = timings.timed("find", lambda: find_sites(captured.graph_module, allow_inexact))
+    whole = _capture_whole(model, args, kwargs, dynamic_shapes, timings, allow_inexact)
+    if isinstance(whole, Parts):
+        return _convert_parts(whole, hq, hkv, plan, heads, kv_merge, verify, timings)
+    captured, analysis = whole
     analysis.require_sites()
     given = plan
     plans = timings.timed(
@@ -112,35 +120,92 @@ def _convert(
     )
     if not plans:
         raise PlanError(f"no site is named by the request; sites are: {', '.join(s.name for s in analysis.sites)}")
+    return _convert_captured(captured, analysis, plans, given, verify, timings)
+
+
+def _capture_whole(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: DynamicShapes,
+    timings: Timings,
+    allow_inexact: bool,
+) -> tuple[Captured, Analysis] | Parts:
+    """The whole model as one graph, or its submodules where that cannot be. Raises CaptureError where neither can."""
+    splits = isinstance(model, nn.Module) and (dynamic_shapes is None or isinstance(dynamic_shapes, str))
+    whole: tuple[Captured, Analysis] | None = None
+    try:
+        captured = timings.timed("capture", lambda: capture(model, args, kwargs, dynamic_shapes))
+        whole = captured, timings.timed("find", lambda: find_sites(captured.graph_module, allow_inexact))
+        if not splits or not depends_on_data(whole[0].graph_module, whole[1]):
+            return whole
+        failure = CaptureError("the whole graph has sizes that depend on data")
+    except CaptureError as error:
+        if not splits:
+            raise
+        failure = error
+    assert isinstance(model, nn.Module)
+    why = str(failure).removesuffix(f"; {TRY}")
+    found = timings.timed("capture", lambda: find_parts(model, args, kwargs, dynamic_shapes, why, allow_inexact))
+    if whole is not None and not found.site_names:
+        return whole
+    require_parts(found)
+    return found
+
+
+class _NothingRewritten(PlanError):
+    """Every planned site of a graph was refused when it was to be rewritten."""
+
+    def __init__(self, refused: Sequence[Refusal]) -> None:
+        miss = refused[0]
+        super().__init__(
+            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
+            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
+        )
+        self.refused = [refused_entry(r) for r in refused]
+
+
+def _convert_captured(
+    captured: Captured,
+    analysis: Analysis,
+    plans: dict[str, SitePlan],
+    given: Plan | None,
+    verify: bool | Precision,
+    timings: Timings,
+    calls: Sequence[Call] = (),
+) -> ConvertedModule:
+    """Rewrite and prove one graph, on its example inputs and on ``calls``."""
+    original = clone_graph(captured.graph_module)
     before = _parameter_count(captured.graph_module)
     done = run_passes(analysis, plans, timings)
     converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
     if not converted:
-        miss = done.refused[0]
-        raise PlanError(
-            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
-            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
-        )
+        raise _NothingRewritten(done.refused)
     made = Plan(tuple(converted.values()), done.parameters)
     if given is not None and given.parameters and given.parameters != made.parameters:
         raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
     proof = None
     if verify:
         precision: Precision = verify if isinstance(verify, str) else "float64"
-        proof = timings.timed(
-            "verify",
-            lambda: prove(
-                original,
-                captured.graph_module,
-                made,
-                done.outputs,
-                done.carried,
-                captured.args,
-                captured.kwargs,
-                precision,
-                Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed),
-            ),
-        )
+        inexact = Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed)
+        for call in (Call(captured.args, captured.kwargs), *calls):
+            proof = timings.timed(
+                "verify",
+                lambda call=call, first=proof: worst(  # type: ignore[misc]
+                    first,
+                    prove(
+                        original,
+                        captured.graph_module,
+                        made,
+                        done.outputs,
+                        done.carried,
+                        call.args,
+                        call.kwargs,
+                        precision,
+                        inexact,
+                    ),
+                ),
+            )
     _own_tensors(captured.graph_module)
     report = _report(captured, analysis, converted, done, proof, before, timings)
     return ConvertedModule(
@@ -153,6 +218,41 @@ def _convert(
         training=captured.training,
         signature=captured.signature,
     )
+
+
+def _convert_parts(
+    found: Parts,
+    hq: Request,
+    hkv: Request,
+    plan: Plan | None,
+    heads: HeadChoice,
+    kv_merge: str,
+    verify: bool | Precision,
+    timings: Timings,
+) -> PartlyConvertedModule:
+    """Convert the submodules one by one, and put them into the copy of the model."""
+    require_sites(found)
+    plans = timings.timed("plan", lambda: plan_parts(found, plan, hq, hkv, heads, kv_merge))
+    if not any(plans):
+        raise PlanError(f"no site is named by the request; sites are: {', '.join(found.site_names)}")
+    done: list[tuple[Part, ConvertedModule]] = []
+    reports: list[tuple[Part, Report]] = []
+    missed: _NothingRewritten | None = None
+    for part, own in zip(found.parts, plans, strict=True):
+        plain = _report(part.captured, part.analysis, {}, None, None, 0, timings)
+        try:
+            if own:
+                converted = _convert_captured(part.captured, part.analysis, own, None, verify, timings, part.calls)
+                done.append((part, converted))
+                plain = converted.report
+        except _NothingRewritten as miss:
+            missed, plain = miss, refused_report(plain, miss.refused)
+        reports.append((part, plain))
+    if missed is not None and not done:
+        raise missed
+    # Inexact sites differ from the masked original, and so does everything after them.
+    exact = not any(site.inexact for _, report in reports for site in report.sites)
+    return timings.timed("assemble", lambda: assemble(found, done, reports, plan, bool(verify) and exact))
 
 
 def inspect(
@@ -184,8 +284,14 @@ def inspect(
             f"{type(model).__name__} says nothing of its inputs: pass args= or kwargs= as you would call it"
         )
     timings = Timings()
-    captured = timings.timed("capture", lambda: capture(model, *inputs, dynamic_shapes))
-    analysis = timings.timed("find", lambda: find_sites(captured.graph_module, allow_inexact))
+    whole = _capture_whole(model, *inputs, dynamic_shapes, timings, allow_inexact)
+    if isinstance(whole, Parts):
+        report, graphs = _inspect_parts(whole, hq, hkv, timings)
+        if target is not None:
+            left_alone = [f"{m.name}: {m.what}" for m in report.other_mixers]
+            timings.timed("draw", lambda: draw_regions(graphs, target, left_alone=left_alone, overwrite=overwrite))
+        return report
+    captured, analysis = whole
     plans: dict[str, SitePlan] = {}
     if hq is not None or hkv is not None:
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, "first", "mean"))
@@ -194,6 +300,21 @@ def inspect(
         timings.timed("draw", lambda: draw_regions(graphs, target, left_alone=mixers, overwrite=overwrite))
     count = _parameter_count(captured.graph_module)
     return _report(captured, analysis, plans, None, None, count, timings)
+
+
+def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) -> tuple[Report, list[RegionGraph]]:
+    plans: list[dict[str, SitePlan]] = [{} for _ in found.parts]
+    if hq is not None or hkv is not None:
+        plans = timings.timed("plan", lambda: plan_parts(found, None, hq, hkv, "first", "mean"))
+    reports = [
+        (part, _report(part.captured, part.analysis, own, None, None, 0, timings))
+        for part, own in zip(found.parts, plans, strict=True)
+    ]
+    count = _parameter_count(found.twin)
+    report = merged_report(found, reports, count, count)
+    report.notes.insert(0, found.story([part.path for part in found.parts if part.analysis.sites]))
+    graphs = [g for part, own in zip(found.parts, plans, strict=True) for g in region_graphs(part.analysis, own)]
+    return report, graphs
 
 
 def _check_choices(heads: HeadChoice, kv_merge: str) -> None:
@@ -258,10 +379,7 @@ def _report(
         for s in analysis.sites
         if s.name not in gone
     ]
-    report.refused = [
-        RefusedReport(r.name, r.reason, r.nodes, r.kind, r.advice, r.place.where, r.place.source, r.node_locations)
-        for r in refused
-    ]
+    report.refused = [refused_entry(r) for r in refused]
     report.other_mixers = [OtherMixerReport(m.name, m.place.where, m.what) for m in analysis.other_mixers]
     if proof is not None:
         report.notes.extend(proof.notes)

@@ -12,6 +12,7 @@ from sqa_fx.errors import InputError
 
 if TYPE_CHECKING:
     from sqa_fx.module import ConvertedModule
+    from sqa_fx.partly import PartlyConvertedModule
     from sqa_fx.plan import Plan
     from sqa_fx.report import Report
 
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 class DeferredModule(nn.Module):
     """Converts ``model`` with the inputs of the first call; from then on it is the converted module."""
 
-    def __init__(self, model: nn.Module, build: Callable[[tuple[Any, ...], dict[str, Any]], ConvertedModule]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        build: Callable[[tuple[Any, ...], dict[str, Any]], ConvertedModule | PartlyConvertedModule],
+    ) -> None:
         super().__init__()
         self.__dict__["_original"] = model
         self.__dict__["_build"] = build
@@ -32,7 +37,7 @@ class DeferredModule(nn.Module):
             self.__dict__["_original"] = None
         return self.converted(*args, **kwargs)
 
-    def _done(self) -> ConvertedModule:
+    def _done(self) -> ConvertedModule | PartlyConvertedModule:
         if self.converted is None:
             raise InputError(
                 "the model is converted on its first call: call it once, or pass args=/kwargs= to "

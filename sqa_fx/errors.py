@@ -21,7 +21,10 @@ class CaptureError(SqaError):
 
 
 class NoAttentionError(SqaError):
-    """No convertible attention was found; the message names the nearest miss."""
+    """No convertible attention was found; the message names the nearest miss. ``kinds`` are the kinds of all refusals,
+    empty when there was no attention at all."""
+
+    kinds: tuple[str, ...] = ()
 
 
 class PlanError(SqaError):

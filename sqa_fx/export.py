@@ -14,7 +14,8 @@ from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import InputError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
-from sqa_fx.passes.capture import automatic_shapes
+from sqa_fx.partly import PartlyConvertedModule
+from sqa_fx.passes.capture_ways import automatic_shapes
 
 if TYPE_CHECKING:
     from sqa_fx.exporters.to_onnx import OnnxArtifact
@@ -41,6 +42,12 @@ def export(
         raise InputError(f"{path}: the suffix says the format, and the known one is .onnx")
     if isinstance(model, DeferredModule):
         model = model._done()
+    if isinstance(model, PartlyConvertedModule):
+        raise InputError(
+            f"{path}: the model was converted per submodule ({', '.join(model.submodules)}), because it cannot be "
+            "exported whole; so it cannot be exported to ONNX either. Each of these is an nn.Module that can: "
+            "sqa_fx.export(model.eager.get_submodule(name), ...)"
+        )
     if isinstance(model, ConvertedModule):
         return export_onnx(
             model.graph_module,

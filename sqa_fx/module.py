@@ -77,7 +77,8 @@ class ConvertedModule(nn.Module):
                 stacklevel=2,
             )
         if not mode and any(
-            op_name(n) in ("batch_norm", "_native_batch_norm_legit", "native_batch_norm") and True in n.args
+            op_name(n).removesuffix("_functional") in ("batch_norm", "_native_batch_norm_legit", "native_batch_norm")
+            and True in n.args
             for n in self.graph_module.graph.nodes
         ):
             raise InputError("batch norm was captured in training mode; convert(model.eval(), ...) for evaluation")

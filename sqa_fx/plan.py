@@ -95,6 +95,12 @@ class ParameterPlan:
     blocks: tuple[HeadBlock, ...]
     dropped: Ranges = ()
 
+    @property
+    def masks(self) -> bool:
+        """True when masking changes the original parameter: heads are merged, or an output projection loses some."""
+        merges = any(len(block.replaces) > 1 for block in self.blocks)
+        return merges or (bool(self.dropped) and any(block.role == "o" for block in self.blocks))
+
 
 @dataclass(frozen=True)
 class SitePlan:

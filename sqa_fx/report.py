@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqa_fx.passes.locate import nodes_at
+from sqa_fx.passes.site import Refusal
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class OtherMixerReport:
     name: str
     location: str
     what: str
+
+
+def refused_entry(refusal: Refusal) -> RefusedReport:
+    """What the report says of ``refusal``."""
+    r = refusal
+    return RefusedReport(r.name, r.reason, r.nodes, r.kind, r.advice, r.place.where, r.place.source, r.node_locations)
 
 
 @dataclass

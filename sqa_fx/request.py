@@ -114,7 +114,7 @@ def _lookup(request: Request, name: str) -> tuple[HeadCount | None, bool]:
         return None, False
     if isinstance(request, Mapping):
         for pattern, value in request.items():
-            if pattern == name or fnmatch.fnmatchcase(name, pattern):
+            if matches(pattern, name):
                 return value, True
         return None, False
     return request, True
@@ -130,9 +130,14 @@ def _count(value: HeadCount, available: int, what: str) -> Fraction:
     return Fraction(value).limit_denominator(1024) * available
 
 
+def matches(pattern: str, name: str) -> bool:
+    """True when ``pattern`` (a site's name, or a glob) names the site ``name``."""
+    return pattern == name or fnmatch.fnmatchcase(name, pattern)
+
+
 def check_patterns(request: Request, names: Sequence[str], what: str) -> None:
     """Raise PlanError when a pattern of a mapping names no site."""
     if isinstance(request, Mapping):
         for pattern in request:
-            if not any(pattern == n or fnmatch.fnmatchcase(n, pattern) for n in names):
+            if not any(matches(pattern, n) for n in names):
                 raise PlanError(f"{what} pattern {pattern!r} matches no site; sites are: {', '.join(names)}")
