@@ -29,13 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shrink", type=float, default=30, metavar="SECONDS", help="for each kind of outcome but ok (default: 30)"
     )
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="AXIS=VALUE", help="an axis value that is not drawn"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write everything as JSON")
     options = parser.parse_args(argv)
+    without: dict[str, list[str]] = {}
+    for text in options.without:
+        axis, _, value = text.partition("=")
+        without.setdefault(axis, []).append(value)
     start = time.monotonic()
     print(f"sqa_fx {sqa_fx.__file__}, torch {torch.__version__}, seeds {options.seed}..", flush=True)
     tally = Tally()
     for count, (seed, spec, outcome) in enumerate(
-        campaign(range(options.seed, options.seed + options.programs), options.jobs), 1
+        campaign(range(options.seed, options.seed + options.programs), options.jobs, without), 1
     ):
         tally.add(seed, spec, outcome)
         if outcome.failed:

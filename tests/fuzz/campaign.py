@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 
 from fuzz.check import FAILURES, Outcome, trial
 from fuzz.spec import Spec, random_spec, simpler, weight
+
+
+Without = Mapping[str, Sequence[str]]
 
 
 @dataclass
@@ -69,20 +73,21 @@ def prepare() -> None:
     logging.disable(logging.ERROR)
 
 
-def attempt(seed: int) -> tuple[int, Spec, Outcome]:
+def attempt(seed: int, without: Without) -> tuple[int, Spec, Outcome]:
     """The trial of number ``seed``."""
-    spec = random_spec(seed)
+    spec = random_spec(seed, without)
     return seed, spec, trial(spec)
 
 
-def campaign(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, Spec, Outcome]]:
+def campaign(seeds: Iterable[int], jobs: int, without: Without) -> Iterator[tuple[int, Spec, Outcome]]:
     """Run trials, in ``jobs`` processes."""
+    one = functools.partial(attempt, without=without)
     if jobs <= 1:
         prepare()
-        yield from map(attempt, seeds)
+        yield from map(one, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs, prepare, maxtasksperchild=200) as pool:
-        yield from pool.imap_unordered(attempt, seeds, chunksize=4)
+        yield from pool.imap_unordered(one, seeds, chunksize=4)
 
 
 def plainer(tally: Tally, jobs: int, seconds: float) -> None:

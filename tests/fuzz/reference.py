@@ -6,6 +6,8 @@ program itself knows of its layout. No code of the package takes part.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,23 +52,29 @@ def cut(old: Tensor, before: Cut, after: Cut, chosen: Groups) -> Tensor:
     """The entries of ``before`` that make ``after``: for every segment the mean over the original heads."""
     axis = before.axis % old.dim()
     assert axis == after.axis % old.dim()
-    place: dict[tuple[str, int, int], tuple[int, int]] = {}
-    seen: dict[tuple[str, int], int] = {}
-    at = 0
-    for role, head, width in before.segments:
-        turn = seen[role, head] = seen.get((role, head), -1) + 1
-        place[role, head, turn] = (at, width)
-        at += width
-    assert at == old.shape[axis], (at, old.shape, axis)
-    seen.clear()
-    parts = []
-    for role, head, width in after.segments:
-        turn = seen[role, head] = seen.get((role, head), -1) + 1
-        sources = [place[role, member, turn] for member in (chosen[role][head] if role in chosen else [head])]
-        assert all(w == width for _, w in sources)
-        pieces = [old.narrow(axis, start, width) for start, _ in sources]
-        parts.append(pieces[0] if len(pieces) == 1 else torch.stack(pieces).double().mean(0).to(old.dtype))
-    return torch.cat(parts, axis)
+    place = {entry: i for i, entry in enumerate(entries(before))}
+    assert len(place) == old.shape[axis], (len(place), old.shape, axis)
+    result = []
+    for role, head, number in entries(after):
+        members = chosen[role][head] if role in chosen else [head]
+        result.append([place[role, member, number] for member in members])
+    count = math.lcm(*(len(sources) for sources in result))
+    same = torch.tensor([sources * (count // len(sources)) for sources in result])
+    if count == 1:
+        return old.index_select(axis, same.reshape(-1))
+    parts = [old.index_select(axis, column) for column in same.T]
+    return torch.stack(parts).double().mean(0).to(old.dtype)
+
+
+def entries(cut: Cut) -> list[tuple[str, int, int]]:
+    """(role, head, number within the head) of every entry along the axis."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = []
+    for role, head, width in cut.segments:
+        for _ in range(width):
+            found.append((role, head, seen[role, head]))
+            seen[role, head] += 1
+    return found
 
 
 def build(program: Program, sites: Sequence[Mapping[str, Any]]) -> Program:

@@ -239,10 +239,15 @@ def generate(choose: Choose) -> Spec:
     return Spec(**drawn)
 
 
-def random_spec(seed: int) -> Spec:
-    """The program of number ``seed``."""
+def random_spec(seed: int, without: Mapping[str, Sequence[str]] | None = None) -> Spec:
+    """The program of number ``seed``; ``without`` names axis values that are not drawn."""
     source = random.Random(seed)
-    return generate(lambda name, options: options[source.randrange(len(options))])
+
+    def choose(name: str, options: Sequence[Any]) -> Any:
+        left = [o for o in options if str(o) not in (without or {}).get(name, ())]
+        return left[source.randrange(len(left))]
+
+    return generate(choose)
 
 
 def near(wanted: Mapping[str, Any]) -> Spec:
