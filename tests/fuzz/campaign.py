@@ -16,7 +16,6 @@ import torch
 from fuzz.check import FAILURES, Outcome, trial
 from fuzz.spec import Spec, random_spec, simpler, weight
 
-
 Without = Mapping[str, Sequence[str]]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sqa_fx
 from fuzz.program import Program, inputs
-from fuzz.reference import build, smaller_inputs
+from fuzz.reference import build, can_cut_inputs, smaller_inputs
 from fuzz.spec import Spec
 from sqa_fx.errors import InputError, SqaError, VerifyError
 
@@ -139,7 +139,7 @@ def _compare(
     masked = copy.deepcopy(program)
     load_masked(masked, plan)
     _against(spec, masked, converted, runs, checks, "masked")
-    if len(plan["sites"]) == spec.layers:
+    if len(plan["sites"]) == spec.layers and can_cut_inputs(spec, plan["sites"]):
         with torch.no_grad():
             reference = build(program, plan["sites"])
         cut = [(name, (run[0], smaller_inputs(spec, plan["sites"][0], run[1]))) for name, run in runs]
@@ -152,7 +152,7 @@ def _compare(
 def _against(
     spec: Spec,
     oracle: nn.Module,
-    converted: nn.Module,
+    converted: sqa_fx.ConvertedModule,
     runs: list[tuple[str, Inputs]],
     checks: list[str],
     what: str,
@@ -164,7 +164,9 @@ def _against(
         except InputError:
             if name == "example":
                 raise
-            continue  # the size is fixed, and the message says so
+            if _free(converted, runs[0][1], given):
+                raise _Wrong("sizes that the report calls free are refused") from None
+            continue
         wanted = _run(oracle, mine)
         if actual.shape != wanted.shape or actual.dtype != wanted.dtype:
             raise _Wrong(f"{what} oracle, {name} sizes: {actual.dtype} {list(actual.shape)}")
@@ -172,6 +174,22 @@ def _against(
         if not gap <= tolerance(spec):
             raise _Wrong(f"{what} oracle, {name} sizes: relative error {gap:.2g}")
         checks.append(f"{what} {name}")
+
+
+def _free(converted: sqa_fx.ConvertedModule, example: Inputs, other: Inputs) -> bool:
+    """True when the report calls every size free that differs between the two sets of inputs."""
+    told = [text.partition("[")[2].rstrip("]").split(", ") for text in converted.report.dynamic]
+    named = {text.partition("[")[0]: sizes for text, sizes in zip(converted.report.dynamic, told, strict=True)}
+    for name, first, second in zip(
+        [n for n in ("x", "context", "mask") if (n == "x" and example[0]) or n in example[1]],
+        [*example[0], *example[1].values()],
+        [*other[0], *other[1].values()],
+        strict=True,
+    ):
+        for dim, (a, b) in enumerate(zip(first.shape, second.shape, strict=True)):
+            if a != b and (name not in named or named[name][dim].isdigit()):
+                return False
+    return True
 
 
 def _run(module: nn.Module, given: Inputs) -> Tensor:

@@ -97,9 +97,7 @@ class Attention(WithCuts):
             cos, sin = (
                 Named(a.repeat_interleave(2, -1), length + "d").fit(t.axes) for a in (angles.cos(), angles.sin())
             )
-            return t.map(
-                lambda x: x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin
-            )
+            return t.map(lambda x: x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin)
         cos, sin = (Named(torch.cat([a, a], -1), length + "d").fit(t.axes) for a in (angles.cos(), angles.sin()))
 
         def turned(x: Tensor) -> Tensor:
@@ -182,7 +180,7 @@ class Attention(WithCuts):
 
 
 class Program(nn.Module):
-    """The whole model. Inputs: ``x`` (unless the queries are learned), ``context`` (unless self-attention), ``mask``."""
+    """The whole model. Inputs: ``x`` (none for learned queries), ``context`` (none for self-attention), ``mask``."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -202,9 +200,7 @@ class Program(nn.Module):
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale * 1.5)
         self.to(getattr(torch, spec.dtype)).eval()
 
-    def forward(
-        self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         spec = self.spec
         letters = "blf" if spec.batch_first else "lbf"
         keys = None if context is None else Named(context, letters)

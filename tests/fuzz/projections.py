@@ -1,4 +1,4 @@
-"""Weights into heads and out of them, in many layouts. Every module says which entries of its weights hold which head."""
+"""Weights into heads and out of them, in many layouts; every module knows which entries hold which head."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Project(WithCuts):
             flat = torch.addmm(self.bias, t.reshape(-1, t.shape[-1]), self.weight)
             return Named(flat.view(*t.shape[:-1], -1), x.axes)
         if self.kind in ("low_rank", "low_rank_norm"):
-            return x.map(lambda y: self.up(self.middle(self.down(y))))  # type: ignore[no-any-return]
+            return x.map(lambda y: self.up(self.middle(self.down(y))))
         if self.kind == "lora":
             return x.map(lambda y: self.layer(y) + self.up(self.down(y)) * 0.5)
         return x.map(self.layer)
@@ -213,9 +213,7 @@ class Heads(nn.Module):
             return self._cut(self.k(context), "hd", (k, d)), self._cut(self.v(context), "he", (k, e))
         if spec.fusion == "mla":
             latent, shared = self._split(context.map(self.down), "f", [LATENT, ROTARY_DIM])
-            own, v = self._split(
-                self._cut(self.kv(latent), "hd", (k, d - ROTARY_DIM + e)), "d", [d - ROTARY_DIM, e]
-            )
+            own, v = self._split(self._cut(self.kv(latent), "hd", (k, d - ROTARY_DIM + e)), "d", [d - ROTARY_DIM, e])
             common = shared.named(f="d")
             wide = common.fit(own.axes).expand(*(-1 if c != "h" else k for c in own.axes))
             return Named(torch.cat([own.t, wide], own.dim("d")), own.axes), v.named(d="e")
@@ -279,6 +277,6 @@ class Output(WithCuts):
         if self.kind == "beside_mlp":
             beside = x.map(lambda z: F.gelu(self.hidden(z)))
             wide = beside.fit(flat.axes).expand(*t.shape[:-1], -1)
-            return flat.map(lambda z: self.layer(torch.cat([z, wide], -1)))  # type: ignore[no-any-return]
+            return flat.map(lambda z: self.layer(torch.cat([z, wide], -1)))
         made = self.layer(t)
         return flat.map(lambda z: self.up(made) if self.kind == "low_rank" else made)

@@ -119,3 +119,8 @@ def smaller_inputs(spec: Spec, site: Mapping[str, Any], kwargs: Mapping[str, Any
     if spec.mask == "heads":
         result["mask"] = kwargs["mask"][:, [group[0] for group in groups(spec, site)["h"]]]
     return result
+
+
+def can_cut_inputs(spec: Spec, sites: Sequence[Mapping[str, Any]]) -> bool:
+    """False when blocks that keep different heads read one mask with a head axis."""
+    return spec.mask != "heads" or all(site["query_heads"] == sites[0]["query_heads"] for site in sites)

@@ -163,7 +163,7 @@ def generate(choose: Choose) -> Spec:
     if source == "self":
         fusion += ["cat", "grouped", *(() if grouped else SQUARE)]
     pick("fusion", fusion)
-    makers = ["linear", "linear", "linear", "linear", "linear", "linear", "addmm", "low_rank", "low_rank_norm", "weight_norm", "lora", "conv1d"]
+    makers = ["linear"] * 6 + ["addmm", "low_rank", "low_rank_norm", "weight_norm", "lora", "conv1d"]
     if source == "self" and not drawn.get("windows"):
         makers.append("conv2d")
     if drawn["fusion"] != "einsum":
@@ -198,7 +198,9 @@ def generate(choose: Choose) -> Spec:
     if core == "matmul":
         orders = ["bkglm", "bkglm", "bkgml"] if grid else ["bhlm", "bhlm", "bhml", "hblm"]
     elif core == "einsum":
-        orders = ["bkglm", "bkgml", "bgklm", "bklgm"] if grid else ["bhlm", "bhlm", "bhml", "blhm", "hblm", "lbhm", "bmhl"]
+        orders = (
+            ["bkglm", "bkgml", "bgklm", "bklgm"] if grid else ["bhlm", "bhlm", "bhml", "blhm", "hblm", "lbhm", "bmhl"]
+        )
     else:
         orders = ["nlm", "nlm", "nml"] if core == "bmm" else ["nlm"]
     if spelled:
