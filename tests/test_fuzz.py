@@ -14,7 +14,7 @@ from fuzz.check import Outcome, trial
 from fuzz.program import Program, inputs
 from fuzz.reference import build
 from fuzz.spec import Spec, generate, random_spec, weight
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sqa_fx.passes import parameters, resize, rewrite
@@ -39,6 +39,7 @@ def specs(draw: st.DrawFn) -> Spec:
     database=None,
     deadline=None,
     print_blob=False,
+    phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
 @given(specs())
