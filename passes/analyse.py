@@ -12,7 +12,7 @@ from sqa_fx.passes.demand import CORE, Follower, Meets
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_heads
 from sqa_fx.passes.hints import shape_of
-from sqa_fx.passes.labels import Labels, aligned, heads, low, varying
+from sqa_fx.passes.labels import Labels, aligned, heads, low, single, varying
 from sqa_fx.passes.locate import place
 from sqa_fx.passes.ops import Aligned, Operand
 from sqa_fx.passes.site import Core, Refused, Site, as_refused
@@ -62,8 +62,19 @@ def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
             continue
         more = follower.parts_of_whole() - forced
         if not more:
+            _number_by_projection(site)
             return site
         forced |= more
+
+
+def _number_by_projection(site: Site) -> None:
+    """The model's own numbers of the heads: their order along the input of the output projection."""
+    use = next(use for use in site.leaves if use.role == "o")
+    order = list(dict.fromkeys(low(use.labels)[single(use.labels)].tolist()))
+    if len(order) == site.heads:
+        site.model_heads = tuple(order.index(c) for c in range(site.heads))
+        kv_order = list(dict.fromkeys(site.kv_of[c] for c in order))
+        site.model_kv_heads = tuple(kv_order.index(g) for g in range(site.kv_heads))
 
 
 def _new_site(name: str, cores: Sequence[Core], count: HeadCount) -> Site:

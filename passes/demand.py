@@ -378,11 +378,15 @@ class Follower:
         if role.startswith("side:"):
             # A table that is cut or looked up in part belongs to its heads as a whole.
             found = fill_gaps(found, torch.ones((), dtype=torch.bool))
+            if not tie:
+                self.labels[role, node] = found
         axes = varying(found)
         if len(axes) > 1:
             raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node, kind="layout")
-        if not axes and self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
-            return
+        if self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
+            # The one KV head is never dropped: its weights matter only where they are fused with others that are cut.
+            if not axes or not any(use.node is node for use in self.site.leaves):
+                return
         if not axes and len(self.site.cores) == 1:
             raise Refused(f"parameter {node.target} belongs to one head as a whole", node, kind="layout")
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):

@@ -121,6 +121,8 @@ def _weighed_core(facts: GraphFacts, node: fx.Node) -> Core | None:
     if len(others) != 1:
         raise Refused("the probabilities meet themselves, not values", value, kind="head mixing")
     pair = _query_and_key(facts, value, path)
+    if pair is not None and pair[1] in facts.constants:
+        return None  # the weights choose among parameters: a router, a table lookup
     return Core(node, path[-1], value, *pair, others[0], probabilities) if pair is not None else None
 
 
@@ -179,6 +181,7 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
     """
     queue: deque[tuple[fx.Node, list[fx.Node]]] = deque([(start, [])])
     seen = {start}
+    learned: list[fx.Node] | None = None
     while queue:
         node, path = queue.popleft()
         description = step(node)
@@ -189,6 +192,8 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
             if description.contraction and node is not start:
                 if not any(o.node in facts.constants for o in description.operands[:2]):
                     return path
+                if learned is None and not mixers:
+                    learned = path
                 if not _mixes_heads(facts, node, description):
                     continue
                 mixers.append(node)
@@ -197,7 +202,10 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
             if source not in seen and source not in facts.constants:
                 seen.add(source)
                 queue.append((source, [*path, source]))
-    return None
+    if learned is not None:
+        # A query made from parameters alone: nothing lies between the heads after all.
+        mixers.clear()
+    return learned
 
 
 def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:

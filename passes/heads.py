@@ -118,9 +118,15 @@ def _count(facts: GraphFacts, core: Core) -> HeadCount:
         d for d in k_operand.dims if d is not None and d >= 0
     }
     rank = len(shape_of(core.score))
-    q = _operand_classes(facts, core.q, q_operand, shared, rank)
     own = {d for d in q_operand.dims if d is not None and d >= 0}
-    if (q.numel() == 1 or _depends_on_more(facts, core, q)) and own != shared:
+    try:
+        q = _operand_classes(facts, core.q, q_operand, shared, rank)
+        wider = own != shared and (q.numel() == 1 or _depends_on_more(facts, core, q))
+    except Refused:
+        if own == shared:
+            raise
+        wider = True
+    if wider:
         # Heads may lie along a dimension that only the query has (one KV head for all, grouped queries).
         q = _operand_classes(facts, core.q, q_operand, own, rank)
     k = _operand_classes(facts, core.k, k_operand, shared, rank)
@@ -445,7 +451,12 @@ def _mix(description: Aligned, values: dict[fx.Node, Tensor], rank: int, classes
 
 def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes between the sources of ``target`` and ``target`` in graph order, and the sources: projections, and
-    for a target that depends on parameters only, those parameters."""
+    for a target that depends on parameters only (learned queries), those parameters and their projections."""
+    region, sources = _region_with(facts, target, target in facts.constants)
+    return (region, sources) if sources else _region_with(facts, target, True)
+
+
+def _region_with(facts: GraphFacts, target: fx.Node, constants: bool) -> tuple[list[fx.Node], list[fx.Node]]:
     region: list[fx.Node] = []
     sources: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -456,7 +467,7 @@ def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.
             continue
         seen.add(node)
         description = step(node)
-        if node in facts.constants and target not in facts.constants:
+        if node in facts.constants and not constants:
             continue
         if isinstance(description, Move):
             region.append(node)

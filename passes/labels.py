@@ -167,6 +167,9 @@ class Carrier:
                 return (str(n.target), plain(n.args), tuple((k, plain(v)) for k, v in n.kwargs.items()))
 
             known = (full(maker), node.args[1]) if maker is not node else (full(node),)
+            value = value_of(node)
+            if maker.args and maker.args[0] in self._constants and isinstance(value, torch.Tensor):
+                known = (*known, tuple(isinstance(n, int) for n in value.shape))
             # Equal source nodes twice (cat of the same tensor) must not look like two different ones.
             s = step(node)
             if isinstance(s, Move):
@@ -235,16 +238,22 @@ class Carrier:
                 shape = shape_of(source)
                 part = slice(start, start + _numel(shape))
                 moved = pack(lows[part], highs[part]).view(shape)
-                answer.append(compress(self._whole_index(node, labels, moved)))
+                answer.append(compress(self._whole_table(node, labels, moved)))
                 start = part.stop
             self._answers[key] = answer
         return dict(zip(sources, answer, strict=True))
 
-    def _whole_index(self, node: fx.Node, labels: Labels, moved: Labels) -> Labels:
+    def _whole_table(self, node: fx.Node, labels: Labels, moved: Labels) -> Labels:
         """A table looked up by an index belongs to its heads as a whole, not only in the rows that were looked up."""
         maker = moved_from(node)
         if maker.args[0] not in self._constants:
             return moved
+        if op_name(maker) in ("slice", "narrow"):
+            # A table cut to a free length belongs to its heads at every position, also beyond the example's.
+            dim = int(concrete(maker.args[1] if len(maker.args) > 1 else 0)) % moved.dim()
+            if isinstance(value_of(node).shape[dim], int) or labels.size(dim) > 1:
+                return moved
+            return join_over(moved, [dim])
         if op_name(maker) == "index_select":
             first, width = int(concrete(maker.args[1])) % moved.dim(), 1
             dims = [first]

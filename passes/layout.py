@@ -180,6 +180,11 @@ class Layout:
             result.append(HeadBlock(use.role, head, to, tuple(averaged), tuple(members)))
         return result
 
+    def merges(self, role: str) -> bool:
+        """True when some new head of ``role`` stands for several original ones."""
+        groups = self.kv_groups if self.site.kinds[role] == "kv" else self.query_groups if role == "q" else []
+        return any(len(g) > 1 for g in groups)
+
     def representative(self, head: int, role: str) -> int:
         """The original head (of KV heads: the first that reads it) that stands for ``head`` under ``role``."""
         if self.site.kinds[role] == "kv":

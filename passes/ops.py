@@ -291,6 +291,17 @@ def _norm(node: fx.Node) -> Step:
     return Aligned(tuple(operands), frozenset(tail))
 
 
+def _weight_norm(node: fx.Node) -> Step:
+    direction, length = node.args[:2]
+    assert isinstance(direction, fx.Node) and isinstance(length, fx.Node)
+    out = shape_of(node)
+    dim = int(concrete(argument(node, "dim", 0))) % len(out)
+    return Aligned(
+        (Operand(direction, tuple(range(len(out)))), Operand(length, _broadcast_dims(length, out))),
+        frozenset(d for d in range(len(out)) if d != dim),
+    )
+
+
 def _batch_norm(node: fx.Node) -> Step:
     if argument(node, "training", False):
         return Opaque("batch norm in training mode")
@@ -485,6 +496,7 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "rms_norm": _norm,
     "_fused_rms_norm": _norm,
     "batch_norm": _batch_norm,
+    "_weight_norm": _weight_norm,
     "embedding": _embedding,
     "gather": _gather,
     "scatter": _scatter,

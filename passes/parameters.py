@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sqa_fx.errors import PlanError
 from sqa_fx.passes.layout import Layout
-from sqa_fx.passes.site import LeafUse, Refused
+from sqa_fx.passes.site import LeafUse
 from sqa_fx.plan import HeadBlock, ParameterPlan, Ranges, from_ranges, to_ranges
 
 
@@ -90,11 +90,6 @@ class Tie:
         found = {}
         for block in layout.blocks(use):
             if len(block.replaces) > 1:
-                if layout.site.untied.get(use.role):
-                    raise Refused(
-                        f"KV heads can be selected here but not merged, because of {layout.site.untied[use.role]}",
-                        use.node,
-                    )
                 for own in block.replaces:
                     found[own] = replace(block, to=own)
         known = {own: block for own, block in self.blocks.items() if block.role == use.role}

@@ -9,7 +9,7 @@ or an explicit repeat serves it to its query heads.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
                 except Refused as reason:
                     refused.append(reason.refusal(site.name, site.core.anchor, site.place, site.heads))
                 builders.append(builder)
+        refused.extend(_outputs_shared_outside(builders, {r.name for r in refused}))
         if not refused:
             break
         result.refused.extend(refused)
@@ -122,6 +123,26 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
     module.graph.lint()
     module.recompile()
     return result
+
+
+def _outputs_shared_outside(builders: Sequence[_Builder], gone: Collection[str]) -> list[Refusal]:
+    """Refusals of sites whose output projection also projects something that is not converted: silencing the dropped
+    heads there would change it."""
+    alive = [b for b in builders if b.site.name not in gone]
+    inside = {n for b in alive for n in (*(n for r, n in b.site.labels if r == "o"), *b.projections)}
+    found = []
+    for builder in alive:
+        for use in builder.site.leaves:
+            outside = next((u for u in use.node.users if u not in inside), None) if use.role == "o" else None
+            if outside is not None:
+                reason = Refused(
+                    f"parameter {use.node.target} also serves what is not converted, so they stay together",
+                    outside,
+                    kind="shared weights",
+                )
+                found.append(reason.refusal(builder.site.name, builder.site.core.anchor, builder.site.place))
+                break
+    return found
 
 
 class _Parameters:
@@ -256,6 +277,15 @@ class _Builder:
         """Build the new region; nothing of the old one changes yet. Raises Refused when it cannot be built."""
         for node in self._output_projections():
             self.projections[node] = self._copy(node, self._operand)
+        if self.layout.plan.hq < self.layout.wide:
+            own = {u.node for u in self.site.leaves if u.role == "q"}
+            both = next((u.node for u in self.site.leaves if u.role.startswith("side:") and u.node in own), None)
+            if both is not None:
+                raise Refused(
+                    f"fewer query heads than KV heads average {both.target}, which score terms of their own read too",
+                    both,
+                    kind="shared weights",
+                )
         for node in self.site.carried_outputs:
             if len(varying(self.site.labels[CORE, node])) > 1:
                 raise Refused("an output of the model has heads along several dimensions", node, kind="layout")
@@ -474,10 +504,7 @@ class _Builder:
         def swap(value: Any) -> Any:
             if op_name(node) in ("cat", "concat", "concatenate", "stack") and isinstance(value, list | tuple):
                 # Parts that no kept head needs (a fused bias, the output of a dropped head) are left out.
-                back = self.facts.carrier.move_backward(node, self.site.labels[role, node])
-                value = [
-                    t for t in value if t not in back or bool((self.layout.new_heads(back[t], role) != DROP).any())
-                ]
+                value = [t for t, needed in zip(value, self._needed_parts(role, node), strict=True) if needed]
             return fx.node.map_arg(value, lambda a: self._reach(role, a) if is_tensor(a) else a)
 
         target, args, kwargs = self._resizer(node).move(node, swap, self._shape(role, node), before)
@@ -487,8 +514,25 @@ class _Builder:
         value = self._scaled(value_of(node), self._shape(role, node)) if depends_on_data(node) else None
         return self._emit(node, target, *args, value=value, **kwargs)
 
+    def _needed_parts(self, role: str, node: fx.Node) -> list[bool]:
+        """Which of the tensors that ``node`` joins hold entries of kept heads."""
+        labels, out = self.site.labels[role, node], shape_of(node)
+        dim = int(argument(node, "dim", 0)) % len(out)
+        sizes = [1 if op_name(node) == "stack" else shape_of(t)[dim] for t in node.args[0] if isinstance(t, fx.Node)]  # type: ignore[union-attr]
+        along = labels.expand(*(out[d] if d == dim else n for d, n in enumerate(labels.shape)))
+        return [
+            bool((self.layout.new_heads(part, role) != DROP).any()) if part.numel() else False
+            for part in along.split(sizes, dim)
+        ]
+
     def _select(self, role: str, node: fx.Node) -> fx.Node:
         """Take the kept heads of a tensor that labels cannot cross."""
+        if role in self.site.untied and self.layout.merges(role):
+            raise Refused(
+                f"heads can be selected here but not merged, because of {self.site.untied[role]}",
+                node,
+                kind="opaque op",
+            )
         labels = self.site.labels[role, node]
         dim = varying(labels)[0]
         line = labels.reshape(-1)

@@ -104,7 +104,8 @@ class LeafUse:
 class Site:
     """A convertible site. Heads are numbered canonically inside: sorted by KV head, so that KV groups are intervals.
 
-    ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers (order of appearance) of canonical ones.
+    ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers of canonical ones: their order in the output
+    projection.
     ``labels`` holds, per role and node, which heads each element serves; ``kinds`` whether a role counts query heads
     (``core``) or KV heads (``kv``). ``place`` is the line of source that the core comes from.
     """

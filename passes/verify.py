@@ -241,9 +241,21 @@ def _other_inputs(graph: fx.Graph, inputs: Sequence[Any], step: int) -> list[Any
                     wanted = size_at(size, sizes)
                     if wanted <= 0 or given.shape[dim] == 0:
                         return None
-                    rows = torch.arange(wanted, device=given.device) % given.shape[dim]
-                    given = given.index_select(dim, rows)
+                    given = _resized(given, dim, wanted)
         result.append(given)
+    return result
+
+
+def _resized(given: Tensor, dim: int, wanted: int) -> Tensor:
+    """``given`` with ``wanted`` entries along ``dim``: repeated ones, moved a little where they are plain numbers,
+    since exact ties make a choice (top-k) a matter of rounding."""
+    rows = torch.arange(wanted, device=given.device) % given.shape[dim]
+    result = given.index_select(dim, rows)
+    extra = wanted - given.shape[dim]
+    if extra > 0 and given.is_floating_point() and bool(given.isfinite().all()) and len(given.unique()) > 2:
+        new = result.narrow(dim, given.shape[dim], extra)
+        noise = torch.randn(new.shape, generator=torch.Generator().manual_seed(0)).to(new)
+        new.add_(noise * given.std() * 0.1)
     return result
 
 
