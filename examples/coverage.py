@@ -51,6 +51,7 @@ class Run:
     found: int = 0
     true: int | None = None
     converted: int = 0
+    attentions: int = 0
     proved: int = 0
     proof_error: float | None = None
     proof_precision: str = ""
@@ -232,7 +233,7 @@ def run_entry(name: str, entry: Any, impl: str, identity: bool) -> Run:
         return run
     assert isinstance(converted, sqa_fx.ConvertedModule | sqa_fx.PartlyConvertedModule)
     report = converted.report
-    run.converted = len(report.sites)
+    run.converted, run.attentions = len(report.sites), sum(site.attentions for site in report.sites)
     run.one_head = sum(r.kind == "one head" for r in report.refused)
     refused = [r for r in report.refused if r.kind != "one head"]
     run.refused = [f"{r.name}: {r.reason} ({', '.join(r.nodes)})" for r in refused]
@@ -257,7 +258,7 @@ def run_entry(name: str, entry: Any, impl: str, identity: bool) -> Run:
         run.reason = (
             f"{run.converted - run.proved} sites give zeros on the example inputs, so nothing is proved of them"
         )
-    elif (run.true is not None and run.converted + run.one_head >= run.true) or (
+    elif (run.true is not None and run.attentions + run.one_head >= run.true) or (
         run.true is None and run.converted and not run.refused
     ):
         run.status = "whole"

@@ -12,7 +12,7 @@ from sqa_fx.passes.demand import CORE, Follower, Meets
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_heads
 from sqa_fx.passes.hints import shape_of
-from sqa_fx.passes.labels import Labels, aligned, heads, low, single, varying
+from sqa_fx.passes.labels import Labels, aligned, heads, low, mixed_dims, single, varying
 from sqa_fx.passes.locate import place
 from sqa_fx.passes.ops import Aligned, Operand
 from sqa_fx.passes.site import Core, Refused, Site, as_refused
@@ -47,6 +47,7 @@ def _analyse(facts: GraphFacts, name: str, core: Core) -> Site:
                 obstacle = obstacle or refused
                 united = unite_heads(count, Combinations(facts, site, count, forced).pairs())
                 if len(united.kv_of) in (1, site.heads):
+                    obstacle.cores = cores
                     raise obstacle from refused
                 count, forced = united, set()
                 continue
@@ -161,10 +162,15 @@ class Combinations(Follower):
             if result is not None:
                 self._unite(result, moved)
             result = moved
-        assert result is not None
-        locked = [d for d in description.locked if result.size(d) > 1]
-        if locked:
-            self._unite_along(result, locked)
+        if result is None:
+            raise Refused(f"heads reach {node.target}", node)
+        blocks = dict(description.blocks)
+        for dim in mixed_dims(description, result):
+            if dim in blocks:
+                parts = result.unflatten(dim, (-1, blocks[dim]))
+                self._unite(parts, parts.narrow(dim + 1, 0, 1))
+            else:
+                self._unite_along(result, [dim])
         return result
 
     def _meet(self, node: fx.Node) -> None:

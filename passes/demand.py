@@ -28,6 +28,7 @@ from sqa_fx.passes.labels import (
     join,
     join_over,
     low,
+    mixed_dims,
     pack,
     single,
     varying,
@@ -248,7 +249,7 @@ class Follower:
                 self._leaf(node, found, role, tie)
                 continue
             description = step(node)
-            locked = isinstance(description, Aligned) and any(found.size(d) > 1 for d in description.locked)
+            locked = isinstance(description, Aligned) and bool(mixed_dims(description, found))
             if not tie and (locked or (role, node) in self.forced):
                 self._frontier(node, found, role, "a norm across heads")
             elif isinstance(description, Move):
@@ -383,12 +384,9 @@ class Follower:
         axes = varying(found)
         if len(axes) > 1:
             raise Refused(f"the heads of parameter {node.target} lie along several axes at once", node, kind="layout")
-        if self.site.kv_heads == 1 and self.site.kinds[role] == "kv":
-            # The one KV head is never dropped: its weights matter only where they are fused with others that are cut.
-            if not axes or not any(use.node is node for use in self.site.leaves):
-                return
-        if not axes and len(self.site.cores) == 1:
-            raise Refused(f"parameter {node.target} belongs to one head as a whole", node, kind="layout")
+        fused = any(use.node is node for use in self.site.leaves)
+        if self.site.kv_heads == 1 and self.site.kinds[role] == "kv" and not (axes and fused):
+            return  # the one KV head is never dropped: its weights matter only where others that are cut are beside it
         if self.site.kinds[role] == "core" and not bool((single(found) | (found == EMPTY) | self._free(found)).all()):
             raise _OwnedByKV(f"parameter {node.target} belongs to KV heads, but query heads use it", node)
         axis = axes[0] if axes else -1
@@ -516,10 +514,11 @@ class Follower:
             if result is not None and not bool((result == moved).all()):
                 self._combine(node, result, moved)
             result = moved
-        assert result is not None
+        if result is None:
+            raise Refused(f"heads reach {node.target}", node, kind="opaque op")
         if all(o.node in self.statistics for o in inside):
             self.statistics.add(node)
-        if any(result.size(d) > 1 for d in description.locked):
+        if mixed_dims(description, result):
             if not self._allowed(node):
                 raise Refused("a norm or softmax runs across heads", node, kind="norm across heads")
             self.site.inexact.append((node, "a norm runs over the kept heads only"))

@@ -16,10 +16,13 @@ from torch import Tensor, fx
 
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.hints import shape_of
-from sqa_fx.passes.labels import aligned, compress, low, single, varying
+from sqa_fx.passes.labels import aligned, compress, low, mixed_dims, single, varying
 from sqa_fx.passes.labels import heads as head_labels
 from sqa_fx.passes.ops import Aligned, Move, Opaque, Operand, argument, step
 from sqa_fx.passes.site import Core, Refused
+
+# How far back from a contraction the projection is looked for whose channels it may leave as they are.
+_NEAR = 12
 
 
 class Classes:
@@ -245,7 +248,7 @@ def _carry(facts: GraphFacts, core: Core, numbers: Tensor) -> tuple[Tensor, Tens
                 other, crossing = facts.carrier.align_forward(operand, values[operand.node], len(shape_of(node)))
                 if crossing:
                     raise Refused("heads are mixed between the scores and the values", node, kind="head mixing")
-                if any(other.size(d) > 1 for d in found.locked):
+                if mixed_dims(found, other):
                     raise Refused("the normaliser runs across heads", node, kind="norm across heads")
                 if moved is not None:
                     pairs = torch.stack(torch.broadcast_tensors(moved, other)).reshape(2, -1)
@@ -477,7 +480,7 @@ def _region_with(facts: GraphFacts, target: fx.Node, constants: bool) -> tuple[l
             weights = [o.node for o in description.operands[:2] if o.node in facts.constants]
             if not weights and not description.operands:
                 continue
-            if description.contraction and weights and not _keeps_channels(description, facts):
+            if description.contraction and weights and not _keeps_channels(node, description, facts):
                 sources.append(node)
                 continue
             region.append(node)
@@ -489,11 +492,52 @@ def _region_with(facts: GraphFacts, target: fx.Node, constants: bool) -> tuple[l
     return region, sources
 
 
-def _keeps_channels(description: Aligned, facts: GraphFacts) -> bool:
-    """True for a contraction that maps each channel by itself (depthwise convolution): labels go through it."""
+def _keeps_channels(node: fx.Node, description: Aligned, facts: GraphFacts) -> bool:
+    """True for a contraction with a weight that leaves channels as they are: one that maps each channel by itself
+    (depthwise convolution), and one over positions, between the projection that made the channels and the core."""
     data, weight = description.operands[:2]
     own = {d for d in weight.dims if d is not None and d >= 0} - {d for d in data.dims if d is not None and d >= 0}
-    return not own and weight.node in facts.constants
+    if not own and weight.node in facts.constants:
+        return True
+    if weight.node not in facts.constants or data.node in facts.constants:
+        return False
+    labels = _made_channels(data.node, facts)
+    if labels is None:
+        return False
+    over = [i for i, d in enumerate(data.dims) if d is None or d < 0]
+    return bool(varying(labels)) and not any(labels.size(i) > 1 for i in over)
+
+
+def _made_channels(node: fx.Node, facts: GraphFacts) -> Tensor | None:
+    """The channel numbers of a tensor that a projection made, with nothing between but moves and one-operand ops."""
+    way = [node]
+    for _ in range(_NEAR):
+        description = step(way[-1])
+        if isinstance(description, Move) and len(description.sources) == 1:
+            way.append(description.sources[0])
+        elif isinstance(description, Aligned) and description.contraction:
+            if not any(o.node in facts.constants for o in description.operands[:2]):
+                return None
+            break
+        elif isinstance(description, Aligned) and len(description.operands) == 1:
+            way.append(description.operands[0].node)
+        else:
+            return None
+    else:
+        return None
+    numbers = _source_numbers(facts, way[-1])
+    for user in reversed(way[:-1]):
+        description = step(user)
+        if isinstance(description, Move):
+            numbers = facts.carrier.move_forward(user, {description.sources[0]: numbers}, missing=-1)
+        else:
+            assert isinstance(description, Aligned)
+            operand = description.operands[0]
+            lost = [i for i, d in enumerate(operand.dims) if (d is None or d < 0) and numbers.size(i) > 1]
+            if lost:
+                return None
+            numbers, _ = facts.carrier.align_forward(operand, numbers, len(shape_of(user)))
+    return numbers
 
 
 def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
@@ -508,10 +552,9 @@ def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:
         shape = list(shape_of(node))
         return torch.arange(torch.Size(shape).numel()).view(shape)
     first, second = description.operands[:2]
-    weight, data = (second, first) if second.node in facts.constants else (first, second)
-    given = {d for d in data.dims if d is not None and d >= 0}
-    channels = sorted({d for d in weight.dims if d is not None and d >= 0} - given)
+    weight = second if second.node in facts.constants else first
+    # Dimensions that data and weight share (a matrix for each head) tell channels apart too.
     shape = [1] * rank
-    for dim in channels:
+    for dim in sorted({d for d in weight.dims if d is not None and d >= 0}):
         shape[dim] = shape_of(node)[dim]
     return torch.arange(torch.Size(shape).numel()).view(shape)

@@ -306,8 +306,19 @@ class Carrier:
         shape = [1] * rank
         for dim, position in order:
             shape[dim] = labels.size(position)
-        flat = labels.permute(*[i for _, i in order], *mixed)
+        flat = labels.permute([*(i for _, i in order), *mixed])
         return flat.reshape(shape).contiguous(), crossing
+
+
+def mixed_dims(description: Aligned, labels: Labels) -> list[int]:
+    """The output dimensions along which a norm or softmax mixes entries of different labels."""
+    found = [d for d in description.locked if labels.size(d) > 1]
+    for dim, length in description.blocks:
+        if labels.size(dim) > 1:
+            parts = labels.unflatten(dim, (-1, length))
+            if not bool((parts == parts.narrow(dim + 1, 0, 1)).all()):
+                found.append(dim)
+    return found
 
 
 def aligned(node: fx.Node) -> Aligned | None:

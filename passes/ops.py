@@ -43,6 +43,8 @@ class Aligned:
     locked: frozenset[int] = frozenset()
     contraction: bool = False
     joins: bool = False
+    blocks: tuple[tuple[int, int], ...] = ()
+    """Output dimensions that are mixed within blocks of so many entries (the channel groups of a group norm)."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ _SCATTER = _names("slice_scatter select_scatter")
 # Aligned one to one, but without torch's pointwise tag.
 _POINTWISE = _names("""
     _to_copy to dropout alpha_dropout feature_dropout where masked_fill lerp conj resolve_conj resolve_neg _conj
-    fake_quantize_per_tensor_affine float nan_to_num _conj_physical zeros_like ones_like full_like empty_like rand_like
-    randn_like bernoulli copy floor_divide remainder fmod div addcmul addcdiv hardswish hardsigmoid relu6 hardtanh silu
+    fake_quantize_per_tensor_affine float nan_to_num _conj_physical zeros_like ones_like full_like empty_like
+    bernoulli copy floor_divide remainder fmod div addcmul addcdiv hardswish hardsigmoid relu6 hardtanh silu
     gelu relu elu leaky_relu softplus mish clamp log_sigmoid threshold celu selu __and__ __or__ __xor__ logical_not
     logical_and logical_or bitwise_not bitwise_and bitwise_or
 """)
 _REDUCE = _names("mean sum amax amin argmax argmin var std linalg_vector_norm logsumexp prod norm any all")
 _SOFTMAX = _names("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum")
-_CREATE = _names("zeros ones empty full new_zeros new_ones new_empty new_full rand randn")
+_CREATE = _names("zeros ones empty full new_zeros new_ones new_empty new_full")
 IDENTITY_MOVES = _names("clone contiguous detach alias lift_fresh_copy lift_fresh")
 
 
@@ -302,6 +304,17 @@ def _weight_norm(node: fx.Node) -> Step:
     )
 
 
+def _group_norm(node: fx.Node) -> Step:
+    """Normalises [batch, channels, *positions] within groups of channels, over all positions."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = shape_of(source)
+    groups = int(concrete(argument(node, "num_groups")))
+    operands = [Operand(source, tuple(range(len(shape))))]
+    operands += [Operand(n, (1,)) for n in (argument(node, "weight"), argument(node, "bias")) if isinstance(n, fx.Node)]
+    return Aligned(tuple(operands), frozenset(range(2, len(shape))), blocks=((1, shape[1] // groups),))
+
+
 def _batch_norm(node: fx.Node) -> Step:
     if argument(node, "training", False):
         return Opaque("batch norm in training mode")
@@ -419,8 +432,9 @@ def _convolution(node: fx.Node) -> Step:
     bias = argument(node, "bias")
     assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
     rank = len(shape_of(data))
-    if rank != len(shape_of(weight)) or argument(node, "transposed", False):
+    if rank != len(shape_of(weight)):
         return Opaque(f"op {node.target}")
+    transposed = "transpose" in op_name(node) or bool(argument(node, "transposed", False))
     groups = int(concrete(argument(node, "groups", 1)))
     channels = shape_of(data)[1]
     # Spatial dimensions are mixed by the kernel, and no head may live there: a reduced number of their own on both
@@ -428,7 +442,8 @@ def _convolution(node: fx.Node) -> Step:
     spatial = tuple(-10 - i for i in range(rank - 2))
     kernel = tuple(-20 - i for i in range(rank - 2))
     if groups == 1:
-        operands = [Operand(data, (0, -1, *spatial)), Operand(weight, (1, -1, *kernel))]
+        ends = (-1, 1) if transposed else (1, -1)
+        operands = [Operand(data, (0, -1, *spatial)), Operand(weight, (*ends, *kernel))]
     elif groups == channels == shape_of(node)[1]:
         operands = [Operand(data, (0, 1, *spatial)), Operand(weight, (1, None, *kernel))]
     else:
@@ -491,12 +506,16 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
     "conv3d": _convolution,
+    "conv_transpose1d": _convolution,
+    "conv_transpose2d": _convolution,
+    "conv_transpose3d": _convolution,
     "convolution": _convolution,
     "layer_norm": _norm,
     "rms_norm": _norm,
     "_fused_rms_norm": _norm,
     "batch_norm": _batch_norm,
     "_weight_norm": _weight_norm,
+    "group_norm": _group_norm,
     "embedding": _embedding,
     "gather": _gather,
     "scatter": _scatter,

@@ -93,7 +93,9 @@ def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:
         try:
             sites.append(analyse(facts, name, core))
         except Refused as refused:
-            refusals.append(refused.refusal(name, core.anchor))
+            together = {c.value for c in refused.cores} or {core.value}
+            refusals.extend(refused.refusal(n, c.anchor) for n, c in found.cores if c.value in together)
+            joined |= together
             continue
         joined.update(c.value for c in sites[-1].cores)
     return Analysis(facts, sites, refusals, other_mixers(facts, sites, refusals))

@@ -73,6 +73,8 @@ class Resizer:
         elif name == "unflatten":
             dim = int(concrete(argument(maker, "dim"))) % len(shape_of(_first(maker)))
             args[2] = self.sizes(args[2], out, dim)
+        elif name in ("slice_scatter", "select_scatter"):
+            return self._scatter(node, maker, name, args, kwargs, out)
         elif name in ("index", "index_select") and source is not None:
             self._index(maker, name, args, out, source)
         elif name in _ALONG_DIMENSIONS and source is not None and self._touches(maker, source):
@@ -131,6 +133,37 @@ class Resizer:
             raise Refused("a strided slice runs along the head axis", node, kind="layout")
         begin = int(kept[:start].sum())
         return torch.ops.aten.slice.Tensor, (args[0], dim, begin, begin + out.new[dim]), {}
+
+    @staticmethod
+    def _scatter(
+        node: fx.Node, maker: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], out: NewShape
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """A part of the first tensor overwritten by the second, where heads may lie along the same dimension."""
+        dim = int(concrete(argument(maker, "dim", 0))) % len(out.old)
+        if not out.changes(dim):
+            return maker.target, tuple(args), kwargs
+        if out.kept is None:
+            raise Refused(f"{name} writes into a grid of heads", node, kind="layout")
+        if name == "select_scatter":
+            start = int(concrete(argument(maker, "index"))) % out.old[dim]
+            end, step = start + 1, 1
+        else:
+            start, end = (concrete(argument(maker, which)) for which in ("start", "end"))
+            start, end = (0 if start is None else int(start)), (out.old[dim] if end is None else int(end))
+            start, end = (min(n + (out.old[dim] if n < 0 else 0), out.old[dim]) for n in (start, end))
+            step = int(concrete(argument(maker, "step", 1)))
+        kept = out.kept[dim]
+        written = int(kept[start:end].sum())
+        if written == 0:
+            return torch.ops.aten.alias.default, (args[0],), {}
+        if step != 1:
+            raise Refused(f"{name} writes into every so many heads", node, kind="layout")
+        before = int(kept[:start].sum())
+        if name == "select_scatter":
+            return maker.target, (args[0], args[1], dim, before), {}
+        if written == out.new[dim]:
+            return torch.ops.aten.alias.default, (args[1],), {}
+        return maker.target, (args[0], args[1], dim, before, before + written), {}
 
     @staticmethod
     def _start(node: fx.Node, maker: fx.Node, name: str, dim: int, source: NewShape) -> tuple[int, int]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sqa_fx.errors import PlanError
 from sqa_fx.passes.demand import CORE
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
@@ -49,9 +50,12 @@ class Rewritten:
     """Reductions over heads that are reported only: the operand, its head dimension and the entries that stay."""
 
 
-def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node, Cut]:
-    """The cuts that ``plans`` make, by get_attr node. Raises PlanError when sites that share a parameter disagree."""
+def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> tuple[dict[fx.Node, Cut], list[Refusal]]:
+    """The cuts that ``plans`` make, by get_attr node, and sites that share a parameter although they use it in
+    different ways. Raises PlanError when sites that share a parameter were given different heads."""
     cuts: dict[fx.Node, Cut] = {}
+    refused: dict[str, Refusal] = {}
+    by_name = {site.name: site for site in sites}
     for site in sites:
         plan = plans.get(site.name)
         if plan is None or plan.identity:
@@ -62,8 +66,16 @@ def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx
                 layout.check_whole(use)
                 continue
             cut = cuts.setdefault(use.node, Cut(use.node, use.axis, shape_of(use.node)[use.axis]))
-            cut.add(layout, use)
-    return cuts
+            try:
+                cut.add(layout, use)
+            except PlanError as error:
+                others = [name for name in cut.sites if name != site.name]
+                if any(replace(plans[name], name="") != replace(plan, name="") for name in others):
+                    raise
+                for name in (*others, site.name):
+                    reason = Refused(str(error), use.node, kind="shared weights")
+                    refused[name] = reason.refusal(name, by_name[name].core.anchor, by_name[name].place)
+    return cuts, list(refused.values())
 
 
 def plan_ties(sites: list[Site], plans: Mapping[str, SitePlan]) -> dict[fx.Node, ParameterPlan]:
@@ -93,9 +105,14 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
     result = Rewritten()
     wanted = {name: plan for name, plan in plans.items() if not plan.identity}
     while True:
-        cuts = plan_parameters(sites, wanted)
+        cuts, refused = plan_parameters(sites, wanted)
+        if refused:
+            result.refused.extend(refused)
+            for refusal in refused:
+                del wanted[refusal.name]
+            continue
         parameters = _Parameters(module, cuts, plan_ties(sites, wanted))
-        builders, refused = [], []
+        builders = []
         for site in sites:
             if site.name in wanted:
                 builder = _Builder(facts, site, Layout(site, wanted[site.name]), parameters)
@@ -452,6 +469,8 @@ class _Builder:
                     changed = resizer.sizes(given, shape, len(shape.old) - len(given))
                 elif spec.name == "groups" and given not in (None, 1):
                     changed = shape.new[1]
+                elif spec.name == "num_groups":
+                    changed = resizer.scaled(given, shape.old[1], shape.new[1])
                 else:
                     continue
                 if spec.name in new_kwargs or i >= len(new_args):

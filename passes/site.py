@@ -49,6 +49,8 @@ class Refused(Exception):
         self.at = nodes
         self.nodes = tuple(n.name for n in nodes)
         self.kind: RefusalKind = kind
+        self.cores: tuple[Core, ...] = ()
+        """The cores that were looked at as one site when this was raised."""
 
     def refusal(self, name: str, anchor: fx.Node, at: Place | None = None, heads: int | None = None) -> Refusal:
         """What the report says of site ``name`` around ``anchor``; ``at`` is its line, if known already."""
@@ -104,8 +106,8 @@ class LeafUse:
 class Site:
     """A convertible site. Heads are numbered canonically inside: sorted by KV head, so that KV groups are intervals.
 
-    ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers of canonical ones: their order in the output
-    projection.
+    ``model_heads[c]`` and ``model_kv_heads[g]`` are the model's own numbers of canonical ones: their order in the
+    output projection.
     ``labels`` holds, per role and node, which heads each element serves; ``kinds`` whether a role counts query heads
     (``core``) or KV heads (``kv``). ``place`` is the line of source that the core comes from.
     """

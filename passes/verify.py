@@ -252,10 +252,14 @@ def _resized(given: Tensor, dim: int, wanted: int) -> Tensor:
     rows = torch.arange(wanted, device=given.device) % given.shape[dim]
     result = given.index_select(dim, rows)
     extra = wanted - given.shape[dim]
-    if extra > 0 and given.is_floating_point() and bool(given.isfinite().all()) and len(given.unique()) > 2:
+    values = given.unique()
+    if extra > 0 and len(values) > 2 and bool(given.isfinite().all()):
         new = result.narrow(dim, given.shape[dim], extra)
-        noise = torch.randn(new.shape, generator=torch.Generator().manual_seed(0)).to(new)
-        new.add_(noise * given.std() * 0.1)
+        random = torch.Generator().manual_seed(0)
+        if given.is_floating_point():
+            new.add_(torch.randn(new.shape, generator=random).to(new) * given.std() * 0.1)
+        else:
+            new.copy_(values[torch.randint(len(values), new.shape, generator=random).to(values.device)])
     return result
 
 

@@ -431,4 +431,5 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         proof_error=error,
         location=site.place.where,
         inexact="; ".join(f"{why} (node {node.name})" for node, why in site.inexact),
+        attentions=len(site.cores),
     )

@@ -18,6 +18,8 @@ class SiteReport:
     kv_len * head_dim (two multiply-adds per score and value element). ``kv_bytes_*`` are bytes of K and V per token
     of context. ``location`` is the line of source that computes the attention, "file.py:123", '' when unknown.
     ``inexact`` says why the site cannot agree with the masked original (only with ``allow_inexact``), '' when it does.
+    ``attentions`` counts the attention computations of the site: more than one where their outputs meet before one
+    output projection (heads in a loop, attention over two sources added).
     """
 
     name: str
@@ -38,6 +40,7 @@ class SiteReport:
     proof_error: float | None = None
     location: str = ""
     inexact: str = ""
+    attentions: int = 1
 
 
 @dataclass(frozen=True)
