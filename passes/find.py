@@ -70,22 +70,22 @@ def find_cores(facts: GraphFacts) -> Found:
     """Every attention core of the graph, in order, and the attention-like nodes that were refused."""
 
     found = Found()
-    names: dict[str, int] = {}
-    known: set[tuple[fx.Node, fx.Node]] = set()
-    for node in facts.module.graph.nodes:
-        name = op_name(node)
-        if name != SDPA and name not in _SOFTMAX and name not in _WEIGHINGS:
-            continue
-        path = module_path(node) or node.name
+    cores: dict[fx.Node, Core] = {}
+    anchors = [n for n in facts.module.graph.nodes if op_name(n) == SDPA or op_name(n) in _SOFTMAX]
+    # What a softmax explains is not looked at again.
+    anchors += [n for n in facts.module.graph.nodes if op_name(n) in _WEIGHINGS]
+    for node in anchors:
         try:
-            core = _sdpa_core(node) if name == SDPA else _weighed_core(facts, node)
+            core = _sdpa_core(node) if op_name(node) == SDPA else _weighed_core(facts, node)
         except (Refused, ValueError) as error:
-            if name not in _WEIGHINGS:
-                found.refusals.append(as_refused(error, node).refusal(path, node))
+            if op_name(node) not in _WEIGHINGS:
+                found.refusals.append(as_refused(error, node).refusal(module_path(node) or node.name, node))
             continue
-        if core is None or (core.score, core.value) in known:
-            continue
-        known.add((core.score, core.value))
+        if core is not None:
+            cores.setdefault(core.value, core)
+    names: dict[str, int] = {}
+    for core in sorted(cores.values(), key=lambda c: facts.order[c.anchor]):
+        path = module_path(core.anchor) or core.anchor.name
         count = names[path] = names.get(path, 0) + 1
         found.cores.append((path if count == 1 else f"{path}#{count}", core))
         facts.core_of[core.value] = core
@@ -192,7 +192,7 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
             if description.contraction and node is not start:
                 if not any(o.node in facts.constants for o in description.operands[:2]):
                     return path
-                if learned is None and not mixers:
+                if learned is None and not mixers and op_name(start) in _SOFTMAX:
                     learned = path
                 if not _mixes_heads(facts, node, description):
                     continue

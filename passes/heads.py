@@ -496,6 +496,8 @@ def _keeps_channels(node: fx.Node, description: Aligned, facts: GraphFacts) -> b
     """True for a contraction with a weight that leaves channels as they are: one that maps each channel by itself
     (depthwise convolution), and one over positions, between the projection that made the channels and the core."""
     data, weight = description.operands[:2]
+    if weight.node not in facts.constants:
+        data, weight = weight, data
     own = {d for d in weight.dims if d is not None and d >= 0} - {d for d in data.dims if d is not None and d >= 0}
     if not own and weight.node in facts.constants:
         return True

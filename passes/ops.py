@@ -85,7 +85,7 @@ _POINTWISE = _names("""
     fake_quantize_per_tensor_affine float nan_to_num _conj_physical zeros_like ones_like full_like empty_like
     bernoulli copy floor_divide remainder fmod div addcmul addcdiv hardswish hardsigmoid relu6 hardtanh silu
     gelu relu elu leaky_relu softplus mish clamp log_sigmoid threshold celu selu __and__ __or__ __xor__ logical_not
-    logical_and logical_or bitwise_not bitwise_and bitwise_or
+    logical_and logical_or zero fill bitwise_not bitwise_and bitwise_or
 """)
 _REDUCE = _names("mean sum amax amin argmax argmin var std linalg_vector_norm logsumexp prod norm any all")
 _SOFTMAX = _names("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum")

@@ -134,6 +134,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
         builder.release_sizes()
     drop_dead_code(module.graph)
     parameters.finish(result)
+    parameters.drop_whole([u for b in builders for u in b.site.leaves if u.whole], result)
     for node in module.graph.nodes:
         node.meta.pop("sqa_step", None)
         node.meta.pop("sqa_key", None)
@@ -248,6 +249,18 @@ class _Parameters:
                 holders.replace(attribute(self.module, node.target), plans[node])
             result.notes.append(f"parameter {node.target} is also read whole; its heads are selected in the graph")
         result.parameters = (*plans.values(), *self.ties.values())
+
+    def drop_whole(self, uses: Sequence[LeafUse], result: Rewritten) -> None:
+        """Remove parameters of heads that are gone and had them for themselves."""
+        alive = {str(n.target) for n in self.module.graph.nodes if n.op == "get_attr"}
+        gone: list[ParameterPlan] = []
+        for use in uses:
+            name, count = str(use.node.target), shape_of(use.node)[0] if shape_of(use.node) else 0
+            if name not in alive and not any(p.name == name for p in gone):
+                gone.append(ParameterPlan(name, 0, (count, 0), (), (), (f"0:{count}",)))
+                owner, _, attribute_name = name.rpartition(".")
+                delattr(self.module.get_submodule(owner), attribute_name)
+        result.parameters = (*result.parameters, *gone)
 
 
 class _Holders:

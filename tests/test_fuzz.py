@@ -145,7 +145,7 @@ def test_plan_that_names_other_entries_than_its_heads_is_caught(monkeypatch: pyt
     right = rewrite.plan_parameters
 
     def wrong(*arguments: Any) -> Any:
-        cuts = right(*arguments)
+        cuts, refused = right(*arguments)
         for cut in cuts.values():
             for i, block in enumerate(cut.blocks):
                 if block.role in ("q", "k", "v", "o"):
@@ -153,7 +153,7 @@ def test_plan_that_names_other_entries_than_its_heads_is_caught(monkeypatch: pyt
                     cut.blocks[i] = type(block)(block.role, block.head, block.to, moved, moved)
             kept = {e for b in cut.blocks for r in b.sources for e in from_ranges(r)}
             cut.dropped = set(range(cut.size)) - kept
-        return cuts
+        return cuts, refused
 
     def _later(ranges: Any) -> Any:
         return to_ranges([e + 10 for e in from_ranges(ranges)])
