@@ -80,6 +80,7 @@ class OneKeyValueHead(Base):
     """One key and value head, repeated for every query head, with a rotary table longer than the sequence."""
 
     kv_heads = 1
+    angles: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,6 +325,8 @@ class LearnedQueries(Base):
 class DataDependentLength(Base):
     """A table cut to a length that is computed from the data."""
 
+    rows: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Linear(WIDTH, HEADS * DIM)
@@ -340,6 +343,8 @@ class DataDependentLength(Base):
 
 class LongTable(Base):
     """A bias table with a head axis, longer than the sequence, cut to its length."""
+
+    bias: Tensor
 
     def __init__(self) -> None:
         super().__init__()
