@@ -77,7 +77,7 @@ def capture(
     module._forward_pre_hooks.clear()
     _normalise(module)
     learn_data_sizes(module, exported.args, exported.kwargs)
-    dynamic, static = _dynamic_report(module)
+    dynamic, static = dynamic_sizes(module)
     return Captured(
         module,
         exported.args,
@@ -157,7 +157,8 @@ def _plain_dropout(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _dynamic_report(module: fx.GraphModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def dynamic_sizes(module: fx.GraphModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The inputs of a graph that have free sizes, and those that have none, as "name[sizes]"."""
     dynamic: list[str] = []
     static: list[str] = []
     for node in module.graph.nodes:

@@ -570,6 +570,8 @@ class Follower:
                 shape[i] = labels.size(source)
                 sources.append(source)
         rest = [i for i in range(labels.dim()) if i not in sources]
+        if any(labels.size(i) > 1 for i in rest):
+            raise Refused("the heads lie differently at different positions here", node, kind="layout")
         back = labels.permute(*sources, *rest).reshape(shape)
         self.site.projections.append(node)
         if ("o", weight.node) in self.labels:

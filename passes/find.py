@@ -71,12 +71,13 @@ def find_cores(facts: GraphFacts) -> Found:
 
     found = Found()
     cores: dict[fx.Node, Core] = {}
-    anchors = [n for n in facts.module.graph.nodes if op_name(n) == SDPA or op_name(n) in _SOFTMAX]
-    # What a softmax explains is not looked at again.
-    anchors += [n for n in facts.module.graph.nodes if op_name(n) in _WEIGHINGS]
-    for node in anchors:
+    nodes = list(facts.module.graph.nodes)
+    weighings = [n for n in nodes if op_name(n) in _WEIGHINGS]
+    # What a softmax explains is not looked at again; queries made from parameters alone are the last resort.
+    anchors = [(n, True) for n in nodes if op_name(n) == SDPA or op_name(n) in _SOFTMAX]
+    for node, learned in [*anchors, *((n, False) for n in weighings), *((n, True) for n in weighings)]:
         try:
-            core = _sdpa_core(node) if op_name(node) == SDPA else _weighed_core(facts, node)
+            core = _sdpa_core(node) if op_name(node) == SDPA else _weighed_core(facts, node, learned)
         except (Refused, ValueError) as error:
             if op_name(node) not in _WEIGHINGS:
                 found.refusals.append(as_refused(error, node).refusal(module_path(node) or node.name, node))
@@ -97,14 +98,14 @@ def _sdpa_core(node: fx.Node) -> Core:
     return Core(node, node, node, q, k, v)
 
 
-def _weighed_core(facts: GraphFacts, node: fx.Node) -> Core | None:
+def _weighed_core(facts: GraphFacts, node: fx.Node, learned: bool) -> Core | None:
     """The core around an op that turns scores into weights; None when it is no attention (a classifier, a router,
-    linear attention, an activation function)."""
+    linear attention, an activation function). ``learned`` lets the query be made from parameters alone."""
     mixers: list[fx.Node] = []
     reached = _value_contraction(facts, node, mixers)
     if reached is None:
         return None
-    score = _score_contraction(facts, node, mixers)
+    score = _score_contraction(facts, node, mixers, learned)
     if score is None:
         return None
     if mixers:
@@ -174,14 +175,14 @@ def _value_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
     return None
 
 
-def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node]) -> list[fx.Node] | None:
+def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node], learned: bool) -> list[fx.Node] | None:
     """The way from ``start`` (excluded) back to the nearest contraction of two activations, which makes the scores.
 
     Contractions over heads that stand in the way are appended to ``mixers``.
     """
     queue: deque[tuple[fx.Node, list[fx.Node]]] = deque([(start, [])])
     seen = {start}
-    learned: list[fx.Node] | None = None
+    from_parameters: list[fx.Node] | None = None
     while queue:
         node, path = queue.popleft()
         description = step(node)
@@ -192,8 +193,8 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
             if description.contraction and node is not start:
                 if not any(o.node in facts.constants for o in description.operands[:2]):
                     return path
-                if learned is None and not mixers and op_name(start) in _SOFTMAX:
-                    learned = path
+                if learned and from_parameters is None and not mixers:
+                    from_parameters = path
                 if not _mixes_heads(facts, node, description):
                     continue
                 mixers.append(node)
@@ -202,10 +203,10 @@ def _score_contraction(facts: GraphFacts, start: fx.Node, mixers: list[fx.Node])
             if source not in seen and source not in facts.constants:
                 seen.add(source)
                 queue.append((source, [*path, source]))
-    if learned is not None:
-        # A query made from parameters alone: nothing lies between the heads after all.
+    if from_parameters is not None:
+        # Nothing lies between the heads after all.
         mixers.clear()
-    return learned
+    return from_parameters
 
 
 def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:

@@ -100,7 +100,9 @@ class Layout:
         if bool((outer == stays).all()):
             for dim, along in kept.items():
                 sizes[dim] = int(along.sum())
-            return NewShape(shape, tuple(sizes), kept)
+            merged = self.merges("kv") and self.site.kinds[role] != "kv" and len(kept) == 2
+            if not merged or self.site.kv_heads == self.site.heads:
+                return NewShape(shape, tuple(sizes), kept)
         return self._grid(node, role, labels, shape)
 
     def _grid(self, node: fx.Node, role: str, labels: Labels, shape: tuple[int, ...]) -> NewShape:
@@ -181,8 +183,9 @@ class Layout:
         return result
 
     def merges(self, role: str) -> bool:
-        """True when some new head of ``role`` stands for several original ones."""
-        groups = self.kv_groups if self.site.kinds[role] == "kv" else self.query_groups if role == "q" else []
+        """True when some new head of ``role`` ("kv": some new KV head) stands for several original ones."""
+        kind = "kv" if role == "kv" else self.site.kinds[role]
+        groups = self.kv_groups if kind == "kv" else self.query_groups if role == "q" else []
         return any(len(g) > 1 for g in groups)
 
     def representative(self, head: int, role: str) -> int:

@@ -203,8 +203,9 @@ class _Parameters:
             self._parts[node, segment] = new
         return self._parts[node, segment]
 
-    def constant(self, tensor: torch.Tensor) -> fx.Node:
-        """A new constant of the module."""
+    def constant(self, tensor: torch.Tensor, beside: fx.Node) -> fx.Node:
+        """A new constant of the module, on the device of ``beside``."""
+        tensor = tensor.to(value_of(beside).device)
         while hasattr(self.module, f"_sqa_constant_{self._constants}"):
             self._constants += 1
         name = f"_sqa_constant_{self._constants}"
@@ -238,7 +239,7 @@ class _Parameters:
             for block in plan.blocks:
                 for to, source in zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True):
                     order[to] = source
-            index = self.constant(torch.tensor(order))
+            index = self.constant(torch.tensor(order), node)
             with self.module.graph.inserting_before(new):
                 taken = self.module.graph.call_function(torch.ops.aten.index_select.default, (node, plan.axis, index))
             taken.meta = dict(new.meta)
@@ -524,7 +525,7 @@ class _Builder:
     def _resizer(self, node: fx.Node) -> Resizer:
         return Resizer(
             emit=lambda target, *args, **kwargs: self._emit(node, target, *args, **kwargs),
-            constant=self.parameters.constant,
+            constant=lambda tensor: self.parameters.constant(tensor, node),
             index_value=lambda index: constant_tensor(index, self.facts.module),
         )
 
@@ -543,8 +544,14 @@ class _Builder:
         if op_name(node) in ("view", "_unsafe_view") and is_tensor(node):
             # Another attention kernel may serve the smaller shapes, and lay its output out in memory differently.
             target = torch.ops.aten.reshape.default
-        value = self._scaled(value_of(node), self._shape(role, node)) if depends_on_data(node) else None
+        value = self._scaled(value_of(node), self._shape(role, node)) if self._known(node) else None
         return self._emit(node, target, *args, value=value, **kwargs)
+
+    @staticmethod
+    def _known(node: fx.Node) -> bool:
+        """True for a move whose fake result is better derived than run: it would make new symbols, or (padding, in
+        torch 2.11 and 2.13) fix sizes that are free."""
+        return depends_on_data(node) or op_name(node) in ("pad", "constant_pad_nd")
 
     def _needed_parts(self, role: str, node: fx.Node) -> list[bool]:
         """Which of the tensors that ``node`` joins hold entries of kept heads."""
@@ -570,7 +577,7 @@ class _Builder:
         line = labels.reshape(-1)
         following = node.next
         if isinstance(value_of(node).shape[dim], int):
-            index = self.parameters.constant(torch.tensor(self.layout.kept_entries(line, role)))
+            index = self.parameters.constant(torch.tensor(self.layout.kept_entries(line, role)), node)
             return self._emit(following, torch.ops.aten.index_select.default, node, dim, index)
         # Heads folded with a dimension of free size: take them out, select, and fold again.
         run = _run_length(line)
@@ -581,7 +588,7 @@ class _Builder:
             raise Refused("heads are not regular along a dimension of free size", node, kind="layout")
         sizes = [-1, len(period)] if run == 1 else [len(period), -1]
         inner = dim + (run == 1)
-        index = self.parameters.constant(torch.tensor(self.layout.kept_entries(period, role)))
+        index = self.parameters.constant(torch.tensor(self.layout.kept_entries(period, role)), node)
         wide = self._emit(following, torch.ops.aten.unflatten.int, node, dim, sizes)
         taken = self._emit(following, torch.ops.aten.index_select.default, wide, inner, index)
         return self._emit(following, torch.ops.aten.flatten.using_ints, taken, dim, dim + 1)

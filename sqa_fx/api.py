@@ -17,7 +17,7 @@ from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
-from sqa_fx.passes.capture import Captured, capture, clone_graph
+from sqa_fx.passes.capture import Captured, capture, clone_graph, dynamic_sizes
 from sqa_fx.passes.capture_ways import TRY, DynamicShapes
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
@@ -363,12 +363,18 @@ def _report(
 ) -> Report:
     errors = {s.name: s.error for s in proof.sites} if proof is not None else {}
     forms = _attention_forms(captured.graph_module, done)
+    dynamic, static = dynamic_sizes(captured.graph_module)
+    fixed = (
+        [f"the rewrite fixed sizes: {', '.join(captured.dynamic)} were free before"]
+        if dynamic != captured.dynamic
+        else []
+    )
     report = Report(
         parameters_before=parameters_before,
         parameters_after=_parameter_count(captured.graph_module),
-        dynamic=captured.dynamic,
-        static=captured.static,
-        notes=[*captured.notes, *analysis.notes, *(done.notes if done is not None else ())],
+        dynamic=dynamic,
+        static=static,
+        notes=[*captured.notes, *fixed, *analysis.notes, *(done.notes if done is not None else ())],
         proof=proof.to_json() if proof is not None else None,
         milliseconds=timings.milliseconds,
     )
