@@ -583,15 +583,23 @@ class Follower:
         values = {c.value for c in self.site.cores}
         if node in values or all(c.fused for c in self.site.cores):
             return False
-        stack, seen = [n for n in node.all_input_nodes if (CORE, n) in self.labels], set()
+
+        def inside(current: fx.Node) -> list[fx.Node]:
+            # The tuple of a split has no labels of its own.
+            return [
+                n
+                for n in current.all_input_nodes
+                if (CORE, n) in self.labels or isinstance(n.meta.get("val"), tuple | list)
+            ]
+
+        stack, seen = inside(node), set[fx.Node]()
         while stack:
             current = stack.pop()
             if current in values:
                 return False
-            if current in seen:
-                continue
-            seen.add(current)
-            stack.extend(n for n in current.all_input_nodes if (CORE, n) in self.labels)
+            if current not in seen:
+                seen.add(current)
+                stack.extend(inside(current))
         return True
 
 

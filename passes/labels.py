@@ -105,6 +105,8 @@ def run_move(node: fx.Node, values: dict[fx.Node, Tensor], indices: dict[fx.Node
         result: Any = args[0]
     elif name in ("view", "_unsafe_view", "view_copy"):
         result = args[0].reshape(args[1])
+    elif name in ("im2col", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
+        result = maker.target(args[0].double(), *args[1:], **kwargs).long()  # type: ignore[operator]
     elif name in ("constant_pad_nd", "pad"):
         if name == "pad" and len(args) > 2 and args[2] != "constant":
             result = torch.nn.functional.pad(args[0].double(), args[1], mode=args[2]).long()
@@ -227,6 +229,8 @@ class Carrier:
         if answer is None:
             index = self._source_index(node, sources)
             flat = labels.expand(shape_of(node)).reshape(-1)
+            if index.numel() != flat.numel():
+                raise ValueError(f"which elements {node.name} takes depends on data")
             keep = index >= 0
             index, flat = index[keep], flat[keep]
             total = sum(_numel(shape_of(s)) for s in sources)

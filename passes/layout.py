@@ -100,6 +100,10 @@ class Layout:
         if bool((outer == stays).all()):
             for dim, along in kept.items():
                 sizes[dim] = int(along.sum())
+            grouped = self.site.kv_heads < self.site.heads and self.site.kinds[role] != "kv" and len(kept) == 2
+            order = numbers.expand(stays.shape)[stays]
+            if grouped and not bool((order[order >= 0].diff() >= 0).all()):
+                raise Refused("the heads of each KV head lie apart in a grid here", node, kind="layout")
             merged = self.merges("kv") and self.site.kinds[role] != "kv" and len(kept) == 2
             if not merged or self.site.kv_heads == self.site.heads:
                 return NewShape(shape, tuple(sizes), kept)

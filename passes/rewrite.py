@@ -8,6 +8,7 @@ or an explicit repeat serves it to its query heads.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -350,15 +351,16 @@ class _Builder:
             dims = varying(labels)
             entries = self.layout.kept_entries(labels.reshape(-1), CORE) if dims else []
             flat = output.args[0] if isinstance(output.args[0], list | tuple) else output.args
-            for position, entry in enumerate(flat):
-                if entry is node:
-                    if dims:
-                        result.carried[position] = (dims[0], entries)
-                    elif self.site.inexact:
-                        result.inexact_outputs.add(position)
+            places = [position for position, entry in enumerate(flat) if entry is node]
+            for position in places:
+                if dims:
+                    result.carried[position] = (dims[0], entries)
+                elif self.site.inexact:
+                    result.inexact_outputs.add(position)
             output.replace_input_with(node, self.built[CORE, node])
             if not dims:
-                result.notes.append(f"output {node.name} of the model is taken over the kept heads only")
+                numbers = " and ".join(map(str, places))
+                result.notes.append(f"output {numbers} of the model ({node.name}) is taken over the kept heads only")
                 continue
             result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
         built = (self.built.get((CORE, c.value)) for c in self.site.cores)
@@ -557,7 +559,9 @@ class _Builder:
         """Which of the tensors that ``node`` joins hold entries of kept heads."""
         labels, out = self.site.labels[role, node], shape_of(node)
         dim = int(argument(node, "dim", 0)) % len(out)
-        sizes = [1 if op_name(node) == "stack" else shape_of(t)[dim] for t in node.args[0] if isinstance(t, fx.Node)]  # type: ignore[union-attr]
+        joined = [t for t in node.args[0] if isinstance(t, fx.Node)]  # type: ignore[union-attr]
+        # cat takes tensors of one dimension without elements beside any others.
+        sizes = [1 if op_name(node) == "stack" else shape_of(t)[dim] if math.prod(shape_of(t)) else 0 for t in joined]
         along = labels.expand(*(out[d] if d == dim else n for d, n in enumerate(labels.shape)))
         return [
             bool((self.layout.new_heads(part, role) != DROP).any()) if part.numel() else False

@@ -62,8 +62,11 @@ def as_refused(error: Refused | ValueError, node: fx.Node) -> Refused:
     """A refusal for ``error``, at ``node`` when it names none (a size that depends on data)."""
     if isinstance(error, Refused):
         return error
-    kind: RefusalKind = "data-dependent size" if "depends on data" in str(error) else "other"
-    return Refused(str(error), node, kind=kind)
+    text = str(error)
+    kind: RefusalKind = "data-dependent size" if "depends on data" in text else "other"
+    if "which elements" in text:
+        kind = "data-dependent routing"
+    return Refused(text, node, kind=kind)
 
 
 @dataclass(frozen=True)
