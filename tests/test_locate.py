@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_models import FusedAttention, Stack, converted, tokens
-from test_refusals import NormAcrossHeads, Plain, Projected, TalkingHeads
+from test_refusals import OutputSquaredAcrossHeads, Plain, Projected, TalkingHeads
 from torch import Tensor, nn
 
 import sqa_fx
@@ -136,13 +136,13 @@ class PooledGate(nn.Module):
 
 
 def test_sites_and_refusals_name_the_line_of_the_attention() -> None:
-    model = Pair(Plain(), NormAcrossHeads()).eval()
+    model = Pair(Plain(), OutputSquaredAcrossHeads()).eval()
     report = converted(model, hq=2, args=(X,)).report
     assert [s.location for s in report.sites] == [line_of(Plain, "F.scaled_dot_product_attention")]
     (refused,) = report.refused
-    assert refused.location == line_of(NormAcrossHeads, "F.scaled_dot_product_attention")
-    assert refused.source == "return self.merge(F.scaled_dot_product_attention(q, k, v))"
-    assert refused.node_locations == (line_of(NormAcrossHeads, "q = self.norm"),)
+    assert refused.location == line_of(OutputSquaredAcrossHeads, "F.scaled_dot_product_attention")
+    assert refused.source == "y = F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)"
+    assert refused.node_locations == (line_of(OutputSquaredAcrossHeads, "self.out(F.layer_norm"),)
     assert refused.kind in get_args(RefusalKind) and refused.advice == ADVICE[refused.kind]  # type: ignore[index]
     assert report.sites[0].location in report.table()
     assert refused.line() in report.table().splitlines()
@@ -223,9 +223,9 @@ def test_paths_are_short_and_printable(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_errors_name_the_line() -> None:
     with pytest.raises(NoAttentionError) as missing:
-        sqa_fx.convert(NormAcrossHeads().eval(), hq=2, args=(X,))
-    assert f"({line_of(NormAcrossHeads, 'F.scaled_dot_product_attention')})" in str(missing.value)
-    assert f"({line_of(NormAcrossHeads, 'q = self.norm')})" in str(missing.value)
+        sqa_fx.convert(OutputSquaredAcrossHeads().eval(), hq=2, args=(X,))
+    assert f"({line_of(OutputSquaredAcrossHeads, 'F.scaled_dot_product_attention')})" in str(missing.value)
+    assert f"({line_of(OutputSquaredAcrossHeads, 'self.out(F.layer_norm')})" in str(missing.value)
     assert "to convert: " in str(missing.value)
     with pytest.raises(PlanError, match="hq=9") as impossible:
         sqa_fx.convert(Pair(Plain(), Plain()).eval(), hq=9, args=(X,))
@@ -251,7 +251,7 @@ SEEN: list[tuple[nn.Module, str, str]] = [
     (RunningSum(), "second", "running sum"),
     (Fourier(), "second", "Fourier"),
 ]
-UNSEEN = [EveryFrame(), PooledGate(), Plain(), NormAcrossHeads(), TalkingHeads(True), TalkingHeads(False)]
+UNSEEN = [EveryFrame(), PooledGate(), Plain(), OutputSquaredAcrossHeads(), TalkingHeads(True), TalkingHeads(False)]
 
 
 @pytest.mark.parametrize(("model", "name", "what"), [pytest.param(*c, id=f"{c[0]._get_name()}-{c[2]}") for c in SEEN])
@@ -306,7 +306,7 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Plain() for _ in range(3)])
-        self.odd, self.recurrent = NormAcrossHeads(), Recurrent(nn.LSTM)
+        self.odd, self.recurrent = OutputSquaredAcrossHeads(), Recurrent(nn.LSTM)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
