@@ -247,8 +247,4 @@ def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tu
         return first.node, second.node
     if in_first and not in_second:
         return second.node, first.node
-    if in_first and in_second:
-        raise Refused(
-            "the values are summed over positions of both score operands", value, path[-1], kind="head mixing"
-        )
     return None

@@ -34,11 +34,13 @@ def require_sites(found: Parts) -> None:
     if found.site_names:
         return
     miss = next(r for part in found.parts for r in part.analysis.refusals)
-    raise NoAttentionError(
+    error = NoAttentionError(
         f"no convertible attention found; nearest miss: {miss.name!r}, refused because {miss.reason}"
         + (f", at node {', '.join(miss.nodes)}" if miss.nodes else "")
         + f" (its module was exported alone, because {found.why})"
     )
+    error.kinds = tuple(r.kind for part in found.parts for r in part.analysis.refusals)
+    raise error
 
 
 def assemble(
