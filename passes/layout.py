@@ -122,7 +122,8 @@ class Layout:
                 kv = self.kv[low(inner).clamp(max=self.site.heads - 1)]
                 if self.site.kv_heads < self.site.heads:
                     if inner.numel() == self.site.heads and bool((inner != EMPTY).all() and (kv == kv[:, :1]).all()):
-                        sizes[dims[0]], sizes[dims[1]] = self.plan.hkv, self.wide // self.plan.hkv
+                        across = min(self.plan.hkv, self.heads_of(role))
+                        sizes[dims[0]], sizes[dims[1]] = across, self.heads_of(role) // across
                         return NewShape(shape, tuple(sizes), None, tuple(dims))
                 else:
                     per_head = self._block_rows(low(grid), empty)

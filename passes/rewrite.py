@@ -652,8 +652,8 @@ class _Builder:
         elif per_head and sizes[1] == sizes[2]:
             gqa = sizes[0] != sizes[1]
         else:
-            k = self._repeat(node, "k", core.k, k)
-            v = self._repeat(node, "v", core.v, v)
+            k = self._expand_grid(node, "k", core.k, k, q) or self._repeat(node, "k", core.k, k)
+            v = self._expand_grid(node, "v", core.v, v, q) or self._repeat(node, "v", core.v, v)
         new = self._copy_core(node, (q, k, v))
         if gqa or argument(node, "enable_gqa", False):
             set_argument(new, "enable_gqa", gqa)
@@ -707,6 +707,8 @@ class _Builder:
         dims = varying(labels)
         if not dims:
             return new
+        if role == "q" and len(dims) == 2 and dims[1] == dims[0] + 1 and self.layout.plan.hq < self.layout.wide:
+            return self._repeat_grid(before, dims[0], new)
         if len(dims) != 1:
             if self.site.core.fused:
                 raise Refused("heads lie along two dimensions of the attention", old, kind="layout")
@@ -729,6 +731,30 @@ class _Builder:
         if run == 1:
             repeated.meta["sqa_repeat"] = (source, dim)
         return repeated
+
+    def _expand_grid(self, before: fx.Node, role: str, old: fx.Node, new: fx.Node, queries: fx.Node) -> fx.Node | None:
+        """KV heads that were expanded to the grid of the query heads, expanded to the smaller one; None elsewhere."""
+        labels = self.site.labels.get((role, old))
+        dims = varying(labels) if labels is not None else []
+        if len(dims) != 2:
+            return None
+        wanted = [int(value_of(queries).shape[d]) for d in dims]
+        sizes = [-1] * len(value_of(new).shape)
+        for dim, size in zip(dims, wanted, strict=True):
+            if value_of(new).shape[dim] not in (1, size):
+                return None
+            sizes[dim] = size
+        return self._emit(before, torch.ops.aten.expand.default, new, sizes)
+
+    def _repeat_grid(self, before: fx.Node, dim: int, new: fx.Node) -> fx.Node:
+        """Queries in a grid [KV heads, query heads of each] at ``dim``, repeated until every KV head has one."""
+        new = self._emit(before, torch.ops.aten.flatten.using_ints, new, dim, dim + 1)
+        sizes = [-1] * (len(value_of(new).shape) + 1)
+        sizes[dim + 1] = self.layout.wide // self.layout.plan.hq
+        new = self._emit(before, torch.ops.aten.unsqueeze.default, new, dim + 1)
+        new = self._emit(before, torch.ops.aten.expand.default, new, sizes)
+        new = self._emit(before, torch.ops.aten.flatten.using_ints, new, dim, dim + 1)
+        return self._emit(before, torch.ops.aten.unsqueeze.default, new, dim + 1)
 
 
 def _run_length(labels: torch.Tensor) -> int:

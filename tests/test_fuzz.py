@@ -172,7 +172,7 @@ def test_example_size_left_in_the_graph_is_caught(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(resize.Resizer, "scaled", wrong)
     outcome = trial(PLAIN[0])
-    assert outcome.failed and "masked example" in outcome.checks, outcome
+    assert outcome.kind == "wrong" and "fixed sizes" in outcome.detail, outcome
 
 
 def test_foreign_exceptions_are_crashes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,9 @@ def _compare(
             raise _Wrong(f"the plan counts other heads: {site['heads']} and {site['kv_heads']}")
         if (site["hq"], site["hkv"]) != (spec.hq, spec.hkv):
             raise _Wrong(f"the plan makes other heads: {site['hq']} and {site['hkv']}")
+    fixed = [note for note in report.notes if note.startswith("the rewrite fixed sizes")]
+    if fixed:
+        raise _Wrong(fixed[0])
     runs = [("example", given)]
     other = inputs(spec, other=True)
     runs.append(("other", other))
