@@ -11,6 +11,7 @@ RefusalKind = Literal[
     "one head",
     "no output projection",
     "cache input",
+    "compiled output",
     "heads combined",
     "data-dependent routing",
     "head mixing",
@@ -38,6 +39,9 @@ ADVICE: dict[RefusalKind, str] = {
         "put a linear layer between the heads' output and its first use (its input columns are what is cut)"
     ),
     "cache input": "call the model without a KV cache that enters as an input (use_cache=False, no past_key_values)",
+    "compiled output": (
+        "convert ahead of time, sqa_fx.convert(model, ...), which changes the shape of that output and says so"
+    ),
     "heads combined": (
         "heads work in pairs or groups here (differential attention, for one); only heads that meet nowhere but in the "
         "output projection can be dropped"

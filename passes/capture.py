@@ -75,7 +75,7 @@ def capture(
     assert isinstance(module, fx.GraphModule)
     # The module's calls are checked by its wrapper, which says what to do; torch's own check would only forbid.
     module._forward_pre_hooks.clear()
-    _normalise(module)
+    normalise(module)
     learn_data_sizes(module, exported.args, exported.kwargs)
     dynamic, static = dynamic_sizes(module)
     return Captured(
@@ -98,7 +98,7 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def _normalise(module: fx.GraphModule) -> None:
+def normalise(module: fx.GraphModule) -> None:
     """One node per parameter, plain dropout for the functionalised one, no assertions on metadata, no dead code."""
     graph = module.graph
     first: dict[int, fx.Node] = {}

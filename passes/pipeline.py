@@ -102,12 +102,16 @@ def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:
 
 
 def make_plan(
-    analysis: Analysis, hq: Request, hkv: Request, heads_by: HeadChoice, kv_merge: str
+    analysis: Analysis, hq: Request, hkv: Request, heads_by: HeadChoice, kv_merge: str, all_patterns: bool = True
 ) -> dict[str, SitePlan]:
-    """The plan of every site that the request names. Sites that share weights are ranked together."""
+    """The plan of every site that the request names. Sites that share weights are ranked together.
+
+    ``all_patterns`` demands that every pattern of the request names a site of this graph.
+    """
     names = [s.name for s in analysis.sites]
-    check_patterns(hq, names, "hq")
-    check_patterns(hkv, names, "hkv")
+    if all_patterns:
+        check_patterns(hq, names, "hq")
+        check_patterns(hkv, names, "hkv")
     wanted = {}
     for s in analysis.sites:
         with _located(s):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,27 +11,21 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
+from sqa_fx.convert_graph import NothingRewritten, convert_graph, graph_report, parameter_count
 from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
-from sqa_fx.passes.capture import Captured, capture, clone_graph, dynamic_sizes
+from sqa_fx.passes.capture import Captured, capture
 from sqa_fx.passes.capture_ways import TRY, DynamicShapes
-from sqa_fx.passes.find import SDPA
-from sqa_fx.passes.hints import hint, value_of
-from sqa_fx.passes.locate import named, nodes_at
-from sqa_fx.passes.ops import argument, op_name
-from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan, run_passes
+from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan
 from sqa_fx.passes.record import Call
-from sqa_fx.passes.rewrite import Rewritten
-from sqa_fx.passes.site import Refusal, Site
-from sqa_fx.passes.verify import Inexact, Precision, Proof, worst
-from sqa_fx.passes.verify import verify as prove
+from sqa_fx.passes.verify import Precision
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
 from sqa_fx.region_graph import RegionGraph, region_graphs
-from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
+from sqa_fx.report import Report
 from sqa_fx.request import HeadChoice, Request
 from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
@@ -153,18 +146,6 @@ def _capture_whole(
     return found
 
 
-class _NothingRewritten(PlanError):
-    """Every planned site of a graph was refused when it was to be rewritten."""
-
-    def __init__(self, refused: Sequence[Refusal]) -> None:
-        miss = refused[0]
-        super().__init__(
-            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
-            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
-        )
-        self.refused = [refused_entry(r) for r in refused]
-
-
 def _convert_captured(
     captured: Captured,
     analysis: Analysis,
@@ -175,42 +156,11 @@ def _convert_captured(
     calls: Sequence[Call] = (),
 ) -> ConvertedModule:
     """Rewrite and prove one graph, on its example inputs and on ``calls``."""
-    original = clone_graph(captured.graph_module)
-    before = _parameter_count(captured.graph_module)
-    done = run_passes(analysis, plans, timings)
-    converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
-    if not converted:
-        raise _NothingRewritten(done.refused)
-    made = Plan(tuple(converted.values()), done.parameters)
-    if given is not None and given.parameters and given.parameters != made.parameters:
-        raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
-    proof = None
-    if verify:
-        precision: Precision = verify if isinstance(verify, str) else "float64"
-        inexact = Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed)
-        for call in (Call(captured.args, captured.kwargs), *calls):
-            proof = timings.timed(
-                "verify",
-                lambda call=call, first=proof: worst(  # type: ignore[misc]
-                    first,
-                    prove(
-                        original,
-                        captured.graph_module,
-                        made,
-                        done.outputs,
-                        done.carried,
-                        call.args,
-                        call.kwargs,
-                        precision,
-                        inexact,
-                    ),
-                ),
-            )
+    plan, report = convert_graph(captured, analysis, plans, given, verify, timings, calls)
     _own_tensors(captured.graph_module)
-    report = _report(captured, analysis, converted, done, proof, before, timings)
     return ConvertedModule(
         captured.graph_module,
-        plan=made,
+        plan=plan,
         report=report,
         args=captured.args,
         kwargs=captured.kwargs,
@@ -237,15 +187,15 @@ def _convert_parts(
         raise PlanError(f"no site is named by the request; sites are: {', '.join(found.site_names)}")
     done: list[tuple[Part, ConvertedModule]] = []
     reports: list[tuple[Part, Report]] = []
-    missed: _NothingRewritten | None = None
+    missed: NothingRewritten | None = None
     for part, own in zip(found.parts, plans, strict=True):
-        plain = _report(part.captured, part.analysis, {}, None, None, 0, timings)
+        plain = graph_report(part.captured, part.analysis, {}, None, None, 0, timings)
         try:
             if own:
                 converted = _convert_captured(part.captured, part.analysis, own, None, verify, timings, part.calls)
                 done.append((part, converted))
                 plain = converted.report
-        except _NothingRewritten as miss:
+        except NothingRewritten as miss:
             missed, plain = miss, refused_report(plain, miss.refused)
         reports.append((part, plain))
     if missed is not None and not done:
@@ -298,8 +248,8 @@ def inspect(
     if target is not None:
         graphs, mixers = region_graphs(analysis, plans), [str(m) for m in analysis.other_mixers]
         timings.timed("draw", lambda: draw_regions(graphs, target, left_alone=mixers, overwrite=overwrite))
-    count = _parameter_count(captured.graph_module)
-    return _report(captured, analysis, plans, None, None, count, timings)
+    count = parameter_count(captured.graph_module)
+    return graph_report(captured, analysis, plans, None, None, count, timings)
 
 
 def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) -> tuple[Report, list[RegionGraph]]:
@@ -307,10 +257,10 @@ def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) ->
     if hq is not None or hkv is not None:
         plans = timings.timed("plan", lambda: plan_parts(found, None, hq, hkv, "first", "mean"))
     reports = [
-        (part, _report(part.captured, part.analysis, own, None, None, 0, timings))
+        (part, graph_report(part.captured, part.analysis, own, None, None, 0, timings))
         for part, own in zip(found.parts, plans, strict=True)
     ]
-    count = _parameter_count(found.twin)
+    count = parameter_count(found.twin)
     report = merged_report(found, reports, count, count)
     report.notes.insert(0, found.story([part.path for part in found.parts if part.analysis.sites]))
     graphs = [g for part, own in zip(found.parts, plans, strict=True) for g in region_graphs(part.analysis, own)]
@@ -336,10 +286,6 @@ def _inputs(
     return example_inputs(model)
 
 
-def _parameter_count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _own_tensors(module: fx.GraphModule) -> None:
     """Give the converted module tensors of its own, ties kept, so that training it leaves the user's model alone."""
     memo: dict[int, torch.Tensor] = {}
@@ -350,92 +296,3 @@ def _own_tensors(module: fx.GraphModule) -> None:
                     table[name] = memo.setdefault(id(held), copy.deepcopy(held.detach()))  # type: ignore[assignment]
                     if isinstance(held, nn.Parameter) and not isinstance(table[name], nn.Parameter):
                         memo[id(held)] = table[name] = nn.Parameter(table[name], requires_grad=held.requires_grad)  # type: ignore[arg-type]
-
-
-def _report(
-    captured: Captured,
-    analysis: Analysis,
-    plans: Mapping[str, SitePlan],
-    done: Rewritten | None,
-    proof: Proof | None,
-    parameters_before: int,
-    timings: Timings,
-) -> Report:
-    errors = {s.name: s.error for s in proof.sites} if proof is not None else {}
-    forms = _attention_forms(captured.graph_module, done)
-    dynamic, static = dynamic_sizes(captured.graph_module)
-    fixed = (
-        [f"the rewrite fixed sizes: {', '.join(captured.dynamic)} were free before"]
-        if dynamic != captured.dynamic
-        else []
-    )
-    report = Report(
-        parameters_before=parameters_before,
-        parameters_after=_parameter_count(captured.graph_module),
-        dynamic=dynamic,
-        static=static,
-        notes=[*captured.notes, *fixed, *analysis.notes, *(done.notes if done is not None else ())],
-        proof=proof.to_json() if proof is not None else None,
-        milliseconds=timings.milliseconds,
-    )
-    refused = [*analysis.refusals, *(done.refused if done is not None else ())]
-    gone = {r.name for r in done.refused} if done is not None else set()
-    report.sites = [
-        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name))
-        for s in analysis.sites
-        if s.name not in gone
-    ]
-    report.refused = [refused_entry(r) for r in refused]
-    report.other_mixers = [OtherMixerReport(m.name, m.place.where, m.what) for m in analysis.other_mixers]
-    if proof is not None:
-        report.notes.extend(proof.notes)
-    return report
-
-
-def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str, str]:
-    """Per site: what kind of node computes its attention now."""
-    by_name = {n.name: n for n in module.graph.nodes}
-    forms = {}
-    for site, names in (done.cores if done is not None else {}).items():
-        node = by_name.get(names[0])
-        if node is None:
-            forms[site] = "sdpa"
-        elif op_name(node) == SDPA:
-            flags = [f for f, on in (("causal", argument(node, "is_causal")), ("gqa", argument(node, "enable_gqa")),
-                                     ("mask", argument(node, "attn_mask") is not None)) if on]  # fmt: skip
-            forms[site] = " ".join(["sdpa", *flags])
-        else:
-            forms[site] = "softmax"
-    return forms
-
-
-def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None) -> SiteReport:
-    hq = plan.hq if plan is not None else site.heads
-    hkv = plan.hkv if plan is not None else site.kv_heads
-    v_dim = int(hint(value_of(site.core.v).shape[-1]))
-    elements = sum(math.prod(int(hint(n)) for n in value_of(core.value).shape) for core in site.cores)
-    # Every output element of a core is a sum over kv_len; the scores cost head_dim per element of the same grid.
-    before = 2 * (elements // v_dim) * site.kv_len * (site.head_dim + v_dim)
-    wide = max(hq, hkv)
-    width = value_of(site.core.v).element_size() * (site.head_dim + v_dim)
-    return SiteReport(
-        name=site.name,
-        heads=site.heads,
-        kv_heads=site.kv_heads,
-        hq=hq,
-        hkv=hkv,
-        head_dim=site.head_dim,
-        q_len=site.q_len,
-        kv_len=site.kv_len,
-        flops_before=before,
-        flops_after=before * wide // site.heads,
-        kv_bytes_before=site.kv_heads * width,
-        kv_bytes_after=hkv * width,
-        attention=form,
-        query_heads=plan.query_heads if plan is not None else (),
-        kv_groups=plan.kv_groups if plan is not None else (),
-        proof_error=error,
-        location=site.place.where,
-        inexact="; ".join(f"{why} (node {node.name})" for node, why in site.inexact),
-        attentions=len(site.cores),
-    )

@@ -56,7 +56,7 @@ def assemble(
     """
     twin, paths = found.twin, [part.path for part, _ in done]
     plan = whole_plan([(part.path, converted.plan) for part, converted in done])
-    if given is not None and given.parameters and given.parameters != plan.parameters:
+    if given is not None and given.parameters and not given.same_cuts(plan):
         raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
     before = sum(p.numel() for p in twin.parameters())
     expected = run_masked(twin, plan, paths, found.args, found.kwargs) if verify else ""

@@ -135,6 +135,10 @@ class Plan:
         """The plan of site ``name``, or None."""
         return next((s for s in self.sites if s.name == name), None)
 
+    def same_cuts(self, other: Plan) -> bool:
+        """True when both plans cut the same parameters in the same way, in whatever order."""
+        return {p.name: p for p in self.parameters} == {p.name: p for p in other.parameters}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
         parameters = []

@@ -1,0 +1,178 @@
+"""One captured graph: rewritten as planned, proved, and reported on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from sqa_fx.errors import PlanError
+from sqa_fx.passes.capture import Captured, clone_graph, dynamic_sizes
+from sqa_fx.passes.find import SDPA
+from sqa_fx.passes.hints import hint, value_of
+from sqa_fx.passes.locate import named, nodes_at
+from sqa_fx.passes.ops import argument, op_name
+from sqa_fx.passes.pipeline import Analysis, Timings, run_passes
+from sqa_fx.passes.record import Call
+from sqa_fx.passes.rewrite import Rewritten
+from sqa_fx.passes.site import Refusal, Site
+from sqa_fx.passes.verify import Inexact, Precision, Proof, worst
+from sqa_fx.passes.verify import verify as prove
+from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
+
+
+class NothingRewritten(PlanError):
+    """Every planned site of a graph was refused when it was to be rewritten."""
+
+    def __init__(self, refused: Sequence[Refusal]) -> None:
+        miss = refused[0]
+        super().__init__(
+            f"no site could be rewritten; {named(miss.name, miss.place)}: {miss.reason} "
+            f"(node {nodes_at(miss.nodes, miss.node_locations, miss.place.where)}); to convert: {miss.advice}"
+        )
+        self.refused = [refused_entry(r) for r in refused]
+
+
+def convert_graph(
+    captured: Captured,
+    analysis: Analysis,
+    plans: Mapping[str, SitePlan],
+    given: Plan | None,
+    verify: bool | Precision,
+    timings: Timings,
+    calls: Sequence[Call] = (),
+) -> tuple[Plan, Report]:
+    """Rewrite ``captured.graph_module`` in place as ``plans`` say, and prove it on its example inputs and on ``calls``.
+
+    ``given`` is the whole plan that ``plans`` come from, when the user gave one. Raises NothingRewritten, PlanError and
+    VerifyError.
+    """
+    original = clone_graph(captured.graph_module)
+    before = parameter_count(captured.graph_module)
+    done = run_passes(analysis, dict(plans), timings)
+    converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
+    if not converted:
+        raise NothingRewritten(done.refused)
+    made = Plan(tuple(converted.values()), done.parameters)
+    if given is not None and given.parameters and not given.same_cuts(made):
+        raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
+    proof = None
+    if verify:
+        precision: Precision = verify if isinstance(verify, str) else "float64"
+        inexact = Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed)
+        for call in (Call(captured.args, captured.kwargs), *calls):
+            proof = timings.timed(
+                "verify",
+                lambda call=call, first=proof: worst(  # type: ignore[misc]
+                    first,
+                    prove(
+                        original,
+                        captured.graph_module,
+                        made,
+                        done.outputs,
+                        done.carried,
+                        call.args,
+                        call.kwargs,
+                        precision,
+                        inexact,
+                    ),
+                ),
+            )
+    return made, graph_report(captured, analysis, converted, done, proof, before, timings)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers the parameters of ``module`` hold."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def graph_report(
+    captured: Captured,
+    analysis: Analysis,
+    plans: Mapping[str, SitePlan],
+    done: Rewritten | None,
+    proof: Proof | None,
+    parameters_before: int,
+    timings: Timings,
+) -> Report:
+    """The report on one graph, converted (``done``) or only looked at."""
+    errors = {s.name: s.error for s in proof.sites} if proof is not None else {}
+    forms = _attention_forms(captured.graph_module, done)
+    dynamic, static = dynamic_sizes(captured.graph_module)
+    fixed = (
+        [f"the rewrite fixed sizes: {', '.join(captured.dynamic)} were free before"]
+        if dynamic != captured.dynamic
+        else []
+    )
+    report = Report(
+        parameters_before=parameters_before,
+        parameters_after=parameter_count(captured.graph_module),
+        dynamic=dynamic,
+        static=static,
+        notes=[*captured.notes, *fixed, *analysis.notes, *(done.notes if done is not None else ())],
+        proof=proof.to_json() if proof is not None else None,
+        milliseconds=timings.milliseconds,
+    )
+    refused = [*analysis.refusals, *(done.refused if done is not None else ())]
+    gone = {r.name for r in done.refused} if done is not None else set()
+    report.sites = [
+        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name))
+        for s in analysis.sites
+        if s.name not in gone
+    ]
+    report.refused = [refused_entry(r) for r in refused]
+    report.other_mixers = [OtherMixerReport(m.name, m.place.where, m.what) for m in analysis.other_mixers]
+    if proof is not None:
+        report.notes.extend(proof.notes)
+    return report
+
+
+def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str, str]:
+    """Per site: what kind of node computes its attention now."""
+    by_name = {n.name: n for n in module.graph.nodes}
+    forms = {}
+    for site, names in (done.cores if done is not None else {}).items():
+        node = by_name.get(names[0])
+        if node is None:
+            forms[site] = "sdpa"
+        elif op_name(node) == SDPA:
+            flags = [f for f, on in (("causal", argument(node, "is_causal")), ("gqa", argument(node, "enable_gqa")),
+                                     ("mask", argument(node, "attn_mask") is not None)) if on]  # fmt: skip
+            forms[site] = " ".join(["sdpa", *flags])
+        else:
+            forms[site] = "softmax"
+    return forms
+
+
+def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None) -> SiteReport:
+    hq = plan.hq if plan is not None else site.heads
+    hkv = plan.hkv if plan is not None else site.kv_heads
+    v_dim = int(hint(value_of(site.core.v).shape[-1]))
+    elements = sum(math.prod(int(hint(n)) for n in value_of(core.value).shape) for core in site.cores)
+    # Every output element of a core is a sum over kv_len; the scores cost head_dim per element of the same grid.
+    before = 2 * (elements // v_dim) * site.kv_len * (site.head_dim + v_dim)
+    wide = max(hq, hkv)
+    width = value_of(site.core.v).element_size() * (site.head_dim + v_dim)
+    return SiteReport(
+        name=site.name,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        hq=hq,
+        hkv=hkv,
+        head_dim=site.head_dim,
+        q_len=site.q_len,
+        kv_len=site.kv_len,
+        flops_before=before,
+        flops_after=before * wide // site.heads,
+        kv_bytes_before=site.kv_heads * width,
+        kv_bytes_after=hkv * width,
+        attention=form,
+        query_heads=plan.query_heads if plan is not None else (),
+        kv_groups=plan.kv_groups if plan is not None else (),
+        proof_error=error,
+        location=site.place.where,
+        inexact="; ".join(f"{why} (node {node.name})" for node, why in site.inexact),
+        attentions=len(site.cores),
+    )

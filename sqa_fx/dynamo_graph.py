@@ -1,0 +1,285 @@
+"""A graph that torch.compile hands to a backend, as the functional ATen graph that the passes read, and back again.
+
+Dynamo's graph calls torch functions and takes every parameter as an input. Here it is traced once more with the fake
+tensors that dynamo made, so that shape symbols and guards stay dynamo's own. Composite operators stay whole, autocast
+becomes casts, mutations become ``copy_`` at the end, and what ran without gradients is detached.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.exported_program import (
+    _override_composite_implicit_decomp,
+    _split_decomp_table_to_cia_and_python_decomp,
+)
+from torch.fx import traceback as fx_traceback
+
+from sqa_fx.errors import CaptureError
+
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
+_ROOT = re.compile(r"^[A-Z]+\['([^']*)'\]|^[A-Za-z_]\w*")
+
+
+@dataclass
+class DynamoGraph:
+    """Dynamo's graph, traced to ATen: ``module`` holds the model's parameters and buffers (get_attr) under their names
+    in the model; ``inputs`` are the values of the placeholders that remain."""
+
+    module: fx.GraphModule
+    inputs: list[Any]
+    names: dict[str, int]
+    """For every parameter and buffer of ``module``, its position among dynamo's placeholders."""
+    original: fx.GraphModule
+    fakes: dict[str, Any] = field(default_factory=dict)
+    """The fake value of each parameter and buffer."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Where dynamo found each parameter, for guards."""
+
+
+def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> DynamoGraph:
+    """Trace dynamo's ``module`` to ATen. ``inputs`` are the real values of its placeholders, and ``gradients`` says
+    whether the graph will be differentiated.
+
+    Raises CaptureError when that would change what the graph does, or when it cannot be traced.
+    """
+    _check_traceable(module, gradients)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    fakes = _fakes(placeholders, inputs)
+    held = _held_tensors(module)
+    mode = _fake_mode(fakes)
+    fakes += [mode.from_tensor(t, static_shapes=True) for t in held.values()]
+    runner = _Runner(module, list(held), gradients)
+    composites, _ = _split_decomp_table_to_cia_and_python_decomp({})
+    try:
+        with (
+            mode,
+            mock.patch.object(mode, "allow_scalar_outputs", True),
+            _override_composite_implicit_decomp(composites),
+            fx_traceback.preserve_node_meta(),
+        ):
+            traced, signature = aot_export_module(runner, fakes, trace_joint=False, decompositions={})
+    except Exception as error:
+        raise CaptureError(f"the graph cannot be traced to ATen operators: {_first_line(error)}") from error
+    assert isinstance(traced, fx.GraphModule)
+    names = [n.name for n in placeholders]
+    mutated = {signature.user_inputs.index(name): out for out, name in signature.user_inputs_to_mutate.items()}
+    return _assemble(module, traced, names, placeholders, [*inputs, *held.values()], list(held), mutated)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _check_traceable(module: fx.GraphModule, gradients: bool) -> None:
+    """Refuse what tracing below autograd would lose: backward functions written by hand, and unknown contexts."""
+    for inner in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in inner.graph.nodes:
+            name = getattr(node.target, "__name__", str(node.target))
+            if "inference_mode" in name:
+                raise CaptureError("the graph enters inference mode, which ATen operators cannot say")
+            if gradients and name in ("autograd_function_apply", "AutogradFunctionApply"):
+                raise CaptureError("the graph holds a torch.autograd.Function, whose own backward would be lost")
+
+
+def _fakes(placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> list[Any]:
+    found = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
+    if all(f is not None for f in found):
+        return found
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
+
+
+def _fake_mode(fakes: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None) or FakeTensorMode()
+
+
+def _held_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that the graph holds itself: constants, and parameters where dynamo does not make them inputs."""
+    found: dict[str, Tensor] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = _attribute(module, node.target)
+        if isinstance(value, Tensor):
+            found[str(node.target)] = value
+    return found
+
+
+def _attribute(owner: Any, path: Any) -> Any:
+    for name in str(path).split("."):
+        owner = getattr(owner, name)
+    return owner
+
+
+class _Runner(nn.Module):
+    """Runs dynamo's graph with its tensors as arguments, and detaches what it computes with gradients off."""
+
+    def __init__(self, module: fx.GraphModule, held: list[str], gradients: bool) -> None:
+        super().__init__()
+        # Not as a submodule: its parameters are arguments here.
+        self.__dict__["_of"] = module
+        self._held, self._gradients = held, gradients
+
+    def forward(self, *args: Any) -> Any:
+        count = len(args) - len(self._held)
+        held = dict(zip(self._held, args[count:], strict=True))
+        return _Steps(self.__dict__["_of"], held, self._gradients).run(*args[:count])
+
+
+class _Steps(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, held: dict[str, Tensor], gradients: bool) -> None:
+        super().__init__(module)
+        self.held, self.gradients = held, gradients
+        self.enabled = True
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.held[str(target)] if str(target) in self.held else super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch._C._set_grad_enabled:
+            self.enabled = bool(args[0])
+            return None
+        result = super().call_function(target, args, kwargs)
+        return result if self.enabled or not self.gradients else _detached(result)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_method(target, args, kwargs)
+        return result if self.enabled or not self.gradients else _detached(result)
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.detach() if result.is_floating_point() or result.is_complex() else result
+    return type(result)(map(_detached, result)) if type(result) in (tuple, list) else result
+
+
+def _assemble(
+    original: fx.GraphModule,
+    traced: fx.GraphModule,
+    names: list[str],
+    placeholders: Sequence[fx.Node],
+    values: Sequence[Any],
+    held: Sequence[str],
+    mutated: Mapping[int, str],
+) -> DynamoGraph:
+    """Placeholders of parameters and buffers become attributes, and mutated inputs are written at the end."""
+    graph = traced.graph
+    root = nn.Module()
+    found: dict[str, int] = {}
+    fakes: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
+    arguments: list[Any] = []
+    originals = dict(original.meta.get("dynamo_flat_name_to_original_fqn", {}))
+    for position, node in enumerate(list(graph.find_nodes(op="placeholder"))):
+        if position < len(names):
+            name = _parameter_name(placeholders[position], values[position], position in mutated)
+        else:
+            target = held[position - len(names)]
+            name = originals.get(target, target)
+        if name is None:
+            node.name = names[position] if position < len(names) else node.name
+            node.target = node.name
+            arguments.append(values[position])
+            continue
+        path = _register(root, name, values[position])
+        with graph.inserting_before(node):
+            attribute = graph.get_attr(path)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+        if position < len(names):
+            found[path] = position
+            fakes[path] = node.meta["val"]
+            sources[path] = getattr(placeholders[position].meta.get("grapharg"), "source", None)
+    for name, value in vars(traced).items():
+        if isinstance(value, Tensor | fx.GraphModule):
+            _set(root, name, value)
+    for table in (traced._buffers, traced._parameters, traced._modules):
+        for name, value in table.items():
+            if value is not None:
+                _set(root, name, value)
+    _write_back(graph, mutated, names)
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {k: (source_path(str(v[0])), v[1]) for k, v in stack.items()}
+    module = fx.GraphModule(root, graph)
+    module.meta = dict(original.meta)
+    return DynamoGraph(module, arguments, found, original, fakes, sources)
+
+
+def _write_back(graph: fx.Graph, mutated: Mapping[int, str], names: Sequence[str]) -> None:
+    """Mutations that functionalisation made outputs are written to the inputs at the end of the graph."""
+    output = graph.output_node()
+    (results,) = output.args
+    assert isinstance(results, tuple | list)
+    by_name = {n.name: n for n in graph.nodes}
+    inputs = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    for position, made in mutated.items():
+        if position >= len(names) or names[position] not in inputs:
+            raise CaptureError("the graph writes to a tensor that it holds itself")
+        with graph.inserting_before(output):
+            written = graph.call_function(torch.ops.aten.copy_.default, (inputs[names[position]], by_name[made]))
+        written.meta = {"val": inputs[names[position]].meta["val"]}
+    output.args = (tuple(results[len(mutated) :]),)
+
+
+def _parameter_name(node: fx.Node, value: Any, written: bool) -> str | None:
+    """The model's name of a parameter or buffer that dynamo made an input; None for the call's own inputs.
+
+    What the graph writes to (a cache) stays an input: it belongs to the caller, with its sizes.
+    """
+    marks = node.meta.get("tensor_dict") or {}
+    static = "_dynamo_static_input_type" in marks or isinstance(value, nn.Parameter)
+    if written or not static or not isinstance(value, Tensor):
+        return None
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return source_path(source.name if isinstance(source.name, str) else source.name()) if source else node.name
+
+
+def source_path(source: str) -> str:
+    """The path in the model that an expression of dynamo's names: "L['self']._modules['a']._parameters['w']" is
+    "a.w"."""
+    root = _ROOT.match(source)
+    rest = source[root.end() :] if root else source
+    steps = [next(g for g in match.groups() if g is not None) for match in _STEP.finditer(rest)]
+    return ".".join(s for s in steps if s not in ("_modules", "_parameters", "_buffers", "_orig_mod"))
+
+
+def _register(root: nn.Module, path: str, value: Any) -> str:
+    """Put ``value`` under ``path``; the path it got, which differs when something else has it."""
+    *owners, name = (path or "tensor").split(".")
+    holder, taken = root, []
+    for step in owners:
+        while hasattr(holder, step) and not isinstance(getattr(holder, step), nn.Module):
+            step += "_"
+        if not hasattr(holder, step):
+            holder.add_module(step, nn.Module())
+        holder = holder.get_submodule(step)
+        taken.append(step)
+    while hasattr(holder, name):
+        name += "_"
+    _set(holder, name, value)
+    return ".".join((*taken, name))
+
+
+def _set(owner: nn.Module, name: str, value: Any) -> None:
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    elif isinstance(value, nn.Module):
+        owner.add_module(name, value)
+    elif isinstance(value, Tensor):
+        owner.register_buffer(name, value, persistent=False)
+    else:
+        setattr(owner, name, value)
