@@ -69,7 +69,12 @@ class Cut:
         used = {i for b in self.blocks for s in b.replaces for i in from_ranges(s)}
         dropped = to_ranges(sorted(self.dropped - used))
         return ParameterPlan(
-            str(self.node.target), self.axis, (self.size, self.new_size), tuple(self.sites), tuple(self.blocks), dropped
+            str(self.node.target),
+            self.axis,
+            (self.size, self.new_size),
+            tuple(self.sites),
+            _named(self.blocks),
+            dropped,
         )
 
 
@@ -107,7 +112,15 @@ class Tie:
         taken = {i for b in self.blocks.values() for i in from_ranges(b.to)}
         rest = to_ranges([i for i in range(self.size) if i not in taken])
         blocks = [*self.blocks.values(), *([HeadBlock("rest", -1, rest, (rest,), (rest,))] if rest else [])]
-        return ParameterPlan(str(self.node.target), self.axis, (self.size, self.size), tuple(self.sites), tuple(blocks))
+        return ParameterPlan(
+            str(self.node.target), self.axis, (self.size, self.size), tuple(self.sites), _named(blocks)
+        )
+
+
+def _named(blocks: Sequence[HeadBlock]) -> tuple[HeadBlock, ...]:
+    """``blocks`` with side roles numbered, since node names differ from one capture of a model to the next."""
+    sides = list(dict.fromkeys(b.role for b in blocks if b.role.startswith("side:")))
+    return tuple(replace(b, role=f"side:{sides.index(b.role)}") if b.role in sides else b for b in blocks)
 
 
 def in_place(plan: ParameterPlan) -> ParameterPlan:

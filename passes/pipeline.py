@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from sqa_fx.passes.site import Refusal, Refused, Site
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.request import HeadChoice, Request, check_patterns, resolve, rounding
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -39,6 +41,7 @@ class Timings:
         result = call()
         spent = (time.perf_counter() - start) * 1e3
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+        log.debug("%s: %.1f ms", name, spent)
         if self.on_pass is not None:
             self.on_pass(name, spent)
         return result

@@ -32,6 +32,9 @@ from sqa_fx.passes.resize import Resizer
 from sqa_fx.passes.site import Core, LeafUse, Refusal, Refused, Site
 from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
 
+# Where a node comes from, and whether the backward pass computes it again (activation checkpointing).
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+
 
 @dataclass
 class Rewritten:
@@ -441,7 +444,7 @@ class _Builder:
             return args[0]  # type: ignore[no-any-return]
         with self.graph.inserting_before(before):
             new = self.graph.call_function(target, args, kwargs)
-        new.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        new.meta = {k: v for k, v in before.meta.items() if k in _KEPT_META}
         if value is not None:
             new.meta["val"] = value
             return new

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from sqa_fx.errors import VerifyError
+from sqa_fx.passes.attention_in_rows import in_rows
 from sqa_fx.passes.evaluate import size_at, size_hints
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import value_of
@@ -159,6 +160,8 @@ class _Run(fx.Interpreter):
                 kwargs = {**kwargs, "dropout_p": 0.0}
         if self.wide:
             args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
+        if name == "scaled_dot_product_attention":
+            return in_rows(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 
@@ -242,6 +245,8 @@ def _other_inputs(graph: fx.Graph, inputs: Sequence[Any], step: int) -> list[Any
                     if wanted <= 0 or given.shape[dim] == 0:
                         return None
                     given = _resized(given, dim, wanted)
+        elif isinstance(value, torch.SymInt):
+            given = size_at(value, sizes)
         result.append(given)
     return result
 

@@ -1,6 +1,8 @@
 """sqa-fx: rewrite the attention of a trained PyTorch model into Sparse Query Attention, and prove it."""
 
 from sqa_fx.api import convert, inspect
+from sqa_fx.backend import backend
+from sqa_fx.compiled_plans import compiled_graphs, last_plan
 from sqa_fx.errors import SqaError
 from sqa_fx.export import export
 from sqa_fx.module import ConvertedModule, load
@@ -16,8 +18,11 @@ __all__ = [
     "Report",
     "SqaError",
     "__version__",
+    "backend",
+    "compiled_graphs",
     "convert",
     "export",
     "inspect",
+    "last_plan",
     "load",
 ]

@@ -27,6 +27,7 @@ from sqa_fx.region_drawing import check_target, draw_regions
 from sqa_fx.region_graph import RegionGraph, region_graphs
 from sqa_fx.report import Report
 from sqa_fx.request import HeadChoice, Request
+from sqa_fx.site_limit import VARIABLE, limited
 from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
 Model = nn.Module | torch.export.ExportedProgram
@@ -113,6 +114,7 @@ def _convert(
     )
     if not plans:
         raise PlanError(f"no site is named by the request; sites are: {', '.join(s.name for s in analysis.sites)}")
+    plans = _limited(plans, analysis)
     return _convert_captured(captured, analysis, plans, given, verify, timings)
 
 
@@ -170,6 +172,14 @@ def _convert_captured(
     )
 
 
+def _limited(plans: dict[str, SitePlan], analysis: Analysis, before: int = 0) -> dict[str, SitePlan]:
+    """``plans`` within the limit that the environment sets; the report says which sites it leaves alone."""
+    kept, left = limited(plans, before)
+    if left:
+        analysis.notes.append(f"left as they are because of {VARIABLE} in the environment: {', '.join(left)}")
+    return kept
+
+
 def _convert_parts(
     found: Parts,
     hq: Request,
@@ -185,6 +195,10 @@ def _convert_parts(
     plans = timings.timed("plan", lambda: plan_parts(found, plan, hq, hkv, heads, kv_merge))
     if not any(plans):
         raise PlanError(f"no site is named by the request; sites are: {', '.join(found.site_names)}")
+    before = 0
+    for i, (part, own) in enumerate(zip(found.parts, plans, strict=True)):
+        plans[i] = _limited(own, part.analysis, before) if own else own
+        before += sum(not p.identity for p in plans[i].values())
     done: list[tuple[Part, ConvertedModule]] = []
     reports: list[tuple[Part, Report]] = []
     missed: NothingRewritten | None = None

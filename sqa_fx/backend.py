@@ -11,17 +11,17 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import TensorifyState
-from torch._guards import Source, TracingContext
+from torch._guards import TracingContext
 
 from sqa_fx.compile_options import CompileOptions
-from sqa_fx.compiled_plans import CompiledGraph, forget, remember, remembered
+from sqa_fx.compiled_plans import CompiledGraph, compiled_graphs, forget, remember, remembered
 from sqa_fx.convert_graph import NothingRewritten, convert_graph
 from sqa_fx.dynamo_graph import DynamoGraph, trace
 from sqa_fx.errors import CaptureError, SqaError
@@ -33,6 +33,7 @@ from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan
 from sqa_fx.passes.site import Refused, Site
 from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.site_limit import VARIABLE, limited
 from sqa_fx.trace_log import log_graph
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def compile_graph(module: fx.GraphModule, inputs: Sequence[Any], options: Compil
         log.debug("graph without attention: compiled as it is")
         return _inner(module, inputs, options)
     gradients = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
-    timings = Timings(on_pass=lambda name, spent: log.debug("%s: %.1f ms", name, spent))
+    timings = Timings()
     try:
         converted = _convert(module, inputs, options, gradients, timings)
     except (SqaError, Refused) as error:
@@ -99,7 +100,7 @@ def compile_graph(module: fx.GraphModule, inputs: Sequence[Any], options: Compil
     graph, plan = converted
     cached = not gradients and not torch.distributed.is_initialized()
     final, weights = timings.timed("weights", lambda: over_inputs(graph, plan, in_graph=not cached))
-    log_graph("converted", final)
+    log_graph("compiled", final)
     buffers = [attribute(final, w.name) for w in weights]
     # Autocast has become casts in the graph; it must not be applied once more.
     with torch._C._DisableAutocast():
@@ -117,7 +118,6 @@ def _convert(
         _specialise_floats(module)
         raise
     normalise(graph.module)
-    log_graph("before", graph.module)
     values = [hint(v) if isinstance(v, torch.SymInt | torch.SymFloat) else v for v in graph.inputs]
     learn_data_sizes(graph.module, values, {})
     analysis = timings.timed("find", lambda: find_sites(graph.module, options.allow_inexact))
@@ -129,7 +129,12 @@ def _convert(
         analysis.require_sites()
     if not analysis.sites:
         return None
-    plans = timings.timed("plan", lambda: _plans(analysis, options))
+    plans, left = limited(
+        timings.timed("plan", lambda: _plans(analysis, options, graph.root())),
+        before=sum(not s.identity for g in compiled_graphs() for s in g.plan.sites),
+    )
+    if left:
+        log.warning("left as they are because of %s: %s", VARIABLE, ", ".join(left))
     if not plans or all(p.identity for p in plans.values()):
         log.info("the request leaves every site of this graph as it is")
         return None
@@ -149,8 +154,8 @@ def _convert(
             raise
         log.warning("attention left as it is: %s", error)
         return None
-    _guard_identity(graph, plan, options)
-    remember(CompiledGraph(plan, report), options.request_key(), outputs, parameters)
+    _guard_identity(graph, options)
+    remember(CompiledGraph(plan, report), options.request_key(), outputs, parameters, graph.root())
     for site in report.sites:
         log.info("%s: %d/%d -> %d/%d heads", site.name, site.heads, site.kv_heads, site.hq, site.hkv)
     for refused in report.refused:
@@ -194,14 +199,16 @@ def _refuse_carried(analysis: Analysis) -> None:
             analysis.sites.remove(site)
 
 
-def _plans(analysis: Analysis, options: CompileOptions) -> dict[str, SitePlan]:
+def _plans(analysis: Analysis, options: CompileOptions, root: nn.Module | None) -> dict[str, SitePlan]:
     given = options.given_plan
     names = {s.name for s in analysis.sites}
     if given is not None:
         return fit_plan(analysis, Plan(tuple(s for s in given.sites if s.name in names)))
     plans = make_plan(analysis, options.hq, options.hkv, options.heads, options.kv_merge, all_patterns=False)
     key = options.request_key()
-    known = {s.name: remembered(_output_weights(analysis, s), key) for s in analysis.sites if s.name in plans}
+    known = {
+        s.name: remembered(root, s.name, _output_weights(analysis, s), key) for s in analysis.sites if s.name in plans
+    }
     before = [replace(plan, name=name) for name, plan in known.items() if plan is not None]
     return {**plans, **fit_plan(analysis, Plan(tuple(before)))}
 
@@ -226,19 +233,12 @@ def _batch(site: Site) -> int:
     return max(1, elements // max(1, site.heads * site.q_len * site.head_dim))
 
 
-def _guard_identity(graph: DynamoGraph, plan: Plan, options: CompileOptions) -> None:
+def _guard_identity(graph: DynamoGraph, options: CompileOptions) -> None:
     """Tie the compiled code to this model where the weights chose the heads: dynamo may run one graph for several
     modules of the same code (layers), and each of them has its own best heads."""
     if (options.heads == "first" and options.given_plan is None) or TracingContext.try_get() is None:
         return
-    roots: dict[str, Source] = {}
-    for entry in plan.parameters:
-        source = graph.sources.get(entry.name)
-        while source is not None and getattr(source, "base", None) is not None:
-            source = source.base
-        if source is not None:
-            roots[str(source)] = source
-    for root in roots.values():
+    for root in graph.roots.values():
         install_guard(root.make_guard(GuardBuilder.ID_MATCH))
 
 
@@ -256,7 +256,8 @@ def _inner(module: fx.GraphModule, inputs: Sequence[Any], options: CompileOption
         if options.inner_options:
             extra["options"] = dict(options.inner_options)
         compiled = inner(module, list(inputs), **extra)
-    return lambda *args: compiled(*args)
+    assert callable(compiled)
+    return cast(Compiled, compiled)
 
 
 def _without_autocast(compiled: Compiled) -> Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,14 +30,21 @@ class _Memory:
     """By parameter: its cut in the last compilation."""
     sites: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """By output projection weight: the site plan of the last compilation."""
+    modules: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], SitePlan]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """By compiled module: (request key, site name) -> site plan. It outlives the module's parameters."""
     graphs: list[CompiledGraph] = field(default_factory=list)
 
 
 _memory = _Memory()
 
 
-def remembered(weights: Iterable[Tensor], key: str) -> SitePlan | None:
-    """The plan that was made before for the site with these output projection weights under the same request."""
+def remembered(root: nn.Module | None, name: str, weights: Iterable[Tensor], key: str) -> SitePlan | None:
+    """The plan that was made before under the same request for site ``name`` of the compiled module ``root``, or for
+    the site with these output projection weights."""
+    if root is not None and (key, name) in _memory.modules.get(root, {}):
+        return _memory.modules[root][key, name]
     for weight in weights:
         found = _memory.chosen.get(weight, {}).get(key)
         if found is not None:
@@ -49,10 +57,13 @@ def remember(
     key: str,
     outputs: Mapping[str, Iterable[Tensor]],
     parameters: Mapping[str, Tensor],
+    root: nn.Module | None,
 ) -> None:
     """Keep what was done to one graph. ``outputs`` are the output projection weights of each site."""
     _memory.graphs.append(graph)
     for site in graph.plan.sites:
+        if root is not None:
+            _memory.modules.setdefault(root, {})[key, site.name] = site
         for weight in outputs[site.name]:
             _memory.chosen.setdefault(weight, {})[key] = site
             _memory.sites[weight] = site
@@ -63,7 +74,7 @@ def remember(
 
 def forget() -> None:
     """Forget all plans; ``torch._dynamo.reset()`` calls it."""
-    for table in (_memory.chosen, _memory.cut, _memory.sites, _memory.graphs):
+    for table in (_memory.chosen, _memory.cut, _memory.sites, _memory.modules, _memory.graphs):
         table.clear()
 
 

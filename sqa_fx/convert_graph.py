@@ -21,6 +21,7 @@ from sqa_fx.passes.verify import Inexact, Precision, Proof, worst
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
+from sqa_fx.trace_log import log_graph
 
 
 class NothingRewritten(PlanError):
@@ -50,8 +51,10 @@ def convert_graph(
     VerifyError.
     """
     original = clone_graph(captured.graph_module)
+    log_graph("before", original)
     before = parameter_count(captured.graph_module)
     done = run_passes(analysis, dict(plans), timings)
+    log_graph("converted", captured.graph_module)
     converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
     if not converted:
         raise NothingRewritten(done.refused)

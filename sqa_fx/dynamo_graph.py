@@ -7,6 +7,7 @@ becomes casts, mutations become ``copy_`` at the end, and what ran without gradi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +16,21 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import (
     _override_composite_implicit_decomp,
     _split_decomp_table_to_cia_and_python_decomp,
 )
 from torch.fx import traceback as fx_traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sqa_fx.errors import CaptureError
 
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
+_checkpoints = itertools.count()
 _ROOT = re.compile(r"^[A-Z]+\['([^']*)'\]|^[A-Za-z_]\w*")
 
 
@@ -42,8 +46,20 @@ class DynamoGraph:
     original: fx.GraphModule
     fakes: dict[str, Any] = field(default_factory=dict)
     """The fake value of each parameter and buffer."""
-    sources: dict[str, Any] = field(default_factory=dict)
-    """Where dynamo found each parameter, for guards."""
+    roots: dict[str, Source] = field(default_factory=dict)
+    """Where dynamo found the modules that hold the parameters, outermost ones."""
+
+    def root(self) -> nn.Module | None:
+        """The module that is compiled, when it is one and dynamo tells."""
+        if len(self.roots) != 1:
+            return None
+        (source,) = self.roots.values()
+        try:
+            scope = InstructionTranslator.current_tx().output.local_scope
+        except AttributeError:
+            return None
+        found = scope.get(getattr(source, "local_name", ""))
+        return found if isinstance(found, nn.Module) else None
 
 
 def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> DynamoGraph:
@@ -87,6 +103,8 @@ def _check_traceable(module: fx.GraphModule, gradients: bool) -> None:
             name = getattr(node.target, "__name__", str(node.target))
             if "inference_mode" in name:
                 raise CaptureError("the graph enters inference mode, which ATen operators cannot say")
+            if gradients and "_checkpoint_context_fn" in inner.meta:
+                raise CaptureError("the graph holds an activation checkpoint with a policy of its own")
             if gradients and name in ("autograd_function_apply", "AutogradFunctionApply"):
                 raise CaptureError("the graph holds a torch.autograd.Function, whose own backward would be lost")
 
@@ -150,12 +168,30 @@ class _Steps(fx.Interpreter):
         if target is torch._C._set_grad_enabled:
             self.enabled = bool(args[0])
             return None
-        result = super().call_function(target, args, kwargs)
+        if getattr(target, "__name__", "") == "tag_activation_checkpoint":
+            result = self._inline(_tagged(args[0]), args[1:])
+        elif getattr(target, "__name__", "") == "invoke_subgraph":
+            result = self._inline(args[0], args[2:])
+        else:
+            result = super().call_function(target, args, kwargs)
         return result if self.enabled or not self.gradients else _detached(result)
+
+    def _inline(self, body: fx.GraphModule, args: Sequence[Any]) -> Any:
+        steps = _Steps(body, {}, self.gradients)
+        steps.enabled = self.enabled
+        return steps.run(*args)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_method(target, args, kwargs)
         return result if self.enabled or not self.gradients else _detached(result)
+
+
+def _tagged(body: fx.GraphModule) -> fx.GraphModule:
+    """The body of an activation checkpoint, its nodes marked for the partitioner of AOTAutograd."""
+    number = next(_checkpoints)
+    for node in body.graph.nodes:
+        node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.PREFER_RECOMPUTE, number
+    return body
 
 
 def _detached(result: Any) -> Any:
@@ -178,7 +214,7 @@ def _assemble(
     root = nn.Module()
     found: dict[str, int] = {}
     fakes: dict[str, Any] = {}
-    sources: dict[str, Any] = {}
+    roots: dict[str, Source] = {}
     arguments: list[Any] = []
     originals = dict(original.meta.get("dynamo_flat_name_to_original_fqn", {}))
     for position, node in enumerate(list(graph.find_nodes(op="placeholder"))):
@@ -201,7 +237,11 @@ def _assemble(
         if position < len(names):
             found[path] = position
             fakes[path] = node.meta["val"]
-            sources[path] = getattr(placeholders[position].meta.get("grapharg"), "source", None)
+            source: Any = getattr(placeholders[position].meta.get("grapharg"), "source", None)
+            while getattr(source, "base", None) is not None:
+                source = source.base
+            if source is not None:
+                roots[str(source)] = source
     for name, value in vars(traced).items():
         if isinstance(value, Tensor | fx.GraphModule):
             _set(root, name, value)
@@ -216,7 +256,7 @@ def _assemble(
             node.meta["nn_module_stack"] = {k: (source_path(str(v[0])), v[1]) for k, v in stack.items()}
     module = fx.GraphModule(root, graph)
     module.meta = dict(original.meta)
-    return DynamoGraph(module, arguments, found, original, fakes, sources)
+    return DynamoGraph(module, arguments, found, original, fakes, roots)
 
 
 def _write_back(graph: fx.Graph, mutated: Mapping[int, str], names: Sequence[str]) -> None:
@@ -254,7 +294,7 @@ def source_path(source: str) -> str:
     root = _ROOT.match(source)
     rest = source[root.end() :] if root else source
     steps = [next(g for g in match.groups() if g is not None) for match in _STEP.finditer(rest)]
-    return ".".join(s for s in steps if s not in ("_modules", "_parameters", "_buffers", "_orig_mod"))
+    return ".".join(s for s in steps if s not in ("__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"))
 
 
 def _register(root: nn.Module, path: str, value: Any) -> str:

@@ -1,0 +1,515 @@
+"""torch.compile(model, backend="sqa_fx"): what ahead-of-time conversion computes, in all that torch.compile does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_models import CASES, FusedAttention, converted, noise, perturb, tensors, tokens
+from plan_arithmetic import cut, load_masked
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sqa_fx
+from sqa_fx.errors import InputError, PlanError, SqaError
+
+HALF: dict[str, Any] = {"hq": 0.5, "hkv": 0.5, "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _compile(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="sqa_fx", options={**HALF, **options})
+
+
+def _loss(outputs: Any) -> Tensor:
+    return sum(
+        ((t * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).square().mean() for t in tensors(outputs) if
+         t.is_floating_point()), torch.zeros(())
+    )  # fmt: skip
+
+
+def _close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    for a, b in zip(tensors(actual), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class Blocks(nn.Module):
+    """Two attentions with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([FusedAttention(24, 8), FusedAttention(24, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def _small() -> Blocks:
+    torch.manual_seed(0)
+    model = Blocks()
+    perturb(model)
+    return model.eval()
+
+
+def _masked(model: nn.Module, plan: sqa_fx.Plan) -> nn.Module:
+    oracle = copy.deepcopy(model)
+    load_masked(oracle, plan.to_json())
+    return oracle
+
+
+def test_name_is_listed() -> None:
+    assert "sqa_fx" in torch.compiler.list_backends()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "bert", "vit", "torch_encoder"])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_numbers_and_gradients_are_those_of_convert(name: str, inner: str) -> None:
+    if inner == "inductor" and name not in ("llama_gqa", "torch_encoder"):
+        pytest.skip("compiling takes long; the inner compiler sees the same kind of graph")
+    case = CASES[name]
+    model = perturb(case.build("sdpa" if "sdpa" in case.impls else case.impls[0])).eval()
+    inputs = case.inputs(2, 7)
+    compiled = _compile(model, hq=0.5, hkv=0.25, inner=inner)
+    outputs = compiled(**inputs)
+    plan = sqa_fx.last_plan(model)
+    ahead = converted(model, plan=plan, kwargs=inputs)
+    assert len(plan.sites) == case.sites and ahead.plan.same_cuts(plan)
+    _close(outputs, ahead(**inputs))
+    _loss(outputs).backward()
+    _loss(ahead(**inputs)).backward()
+    own = {n: p.grad for n, p in model.named_parameters()}
+    twin = dict(ahead.named_parameters())
+    state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    smaller = cut(state, {"parameters": [p for p in plan.to_json()["parameters"] if p["name"] in state]})
+    for name_, parameter in twin.items():
+        if parameter.grad is None:
+            continue
+        (expected,) = torch.autograd.grad(smaller[name_], state[name_], parameter.grad, retain_graph=True)
+        gradient = own[name_]
+        assert gradient is not None and gradient.shape == model.get_parameter(name_).shape
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fifty_training_steps_give_the_same_losses() -> None:
+    torch.manual_seed(0)
+    model = CASES["nano"].build("sdpa").train()
+    ids = CASES["nano"].inputs(2, 7)
+    compiled = _compile(model, inner="aot_eager")
+    compiled(**ids)
+    ahead = converted(model, plan=sqa_fx.last_plan(model), kwargs=ids)
+    losses: list[list[float]] = []
+    for module, parameters in ((compiled, model.parameters()), (ahead, ahead.parameters())):
+        optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9)
+        losses.append([])
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = _loss(module(**ids))
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_changed_weights_are_never_stale() -> None:
+    model, x = _small(), noise(2, 5, 24)
+    compiled = _compile(model)
+    with torch.no_grad():
+        compiled(x)
+        plan = sqa_fx.last_plan(model)
+        for change in (
+            lambda p: p.mul_(1.5),
+            lambda p: p.set_(p.clone() * 0.5),
+            lambda p: setattr(p, "data", p.data.flip(0)),
+        ):
+            for parameter in model.parameters():
+                change(parameter)
+            _close(compiled(x), _masked(model, plan)(x))
+        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+        _close(compiled(x), _masked(model, plan)(x))
+        fresh = {k: nn.Parameter(v * 2) for k, v in model.state_dict().items()}
+        model.load_state_dict(fresh, assign=True)
+        changed = compiled(x)
+    _close(changed, _masked(model, plan)(x))
+    with torch.inference_mode():
+        _close(compiled(x), changed)
+
+
+def test_training_and_inference_keep_the_same_heads() -> None:
+    """Graphs are compiled anew for gradients, modes and shapes, while the weights move: the heads stay."""
+    model = _small()
+    compiled = _compile(model, inner="aot_eager")
+    _loss(compiled(noise(2, 5, 24))).backward()
+    first = sqa_fx.last_plan(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        for length in (5, 7, 11):
+            x = noise(2, length, 24)
+            _close(compiled(x), _masked(model, first)(x), 1e-4)
+    assert sqa_fx.last_plan(model).sites == first.sites
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(noise(2, 5, 24))
+    assert sqa_fx.last_plan(model).sites != first.sites
+
+
+def test_new_shapes_and_dynamic_shapes() -> None:
+    model = _small()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend="sqa_fx", dynamic=True, options={**HALF, "inner": counter})
+    with torch.no_grad():
+        compiled(noise(2, 5, 24))
+        oracle = _masked(model, sqa_fx.last_plan(model))
+        for batch, length in ((2, 13), (3, 7), (5, 97)):
+            x = noise(batch, length, 24)
+            _close(compiled(x), oracle(x))
+        assert counter.frame_count == 1
+        for batch, length in ((1, 5), (2, 1), (1, 1)):
+            x = noise(batch, length, 24)
+            _close(compiled(x), oracle(x))
+
+
+class Breaking(nn.Module):
+    """Two attentions with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = FusedAttention(24, 8), FusedAttention(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        torch._dynamo.graph_break()
+        out: Tensor = x + self.second(x)
+        return out
+
+
+def test_graph_breaks() -> None:
+    torch.manual_seed(0)
+    model, x = perturb(Breaking()).eval(), noise(2, 5, 24)
+    compiled = _compile(model)
+    with torch.no_grad():
+        result = compiled(x)
+        plan = sqa_fx.last_plan(model)
+        assert [(s.name, s.heads, s.hq) for s in plan.sites] == [("first", 8, 4), ("second", 4, 2)]
+        assert len(sqa_fx.compiled_graphs()) == 2
+        _close(result, converted(model, plan=plan, args=(x,))(x))
+
+
+def test_blocks_compiled_one_by_one_keep_heads_of_their_own() -> None:
+    """Dynamo would run one graph for all blocks of the same code."""
+    model, x = _small(), noise(2, 5, 24)
+    expected = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.compile(backend="sqa_fx", options=HALF)
+    with torch.no_grad():
+        result = model(x)
+        plans = [sqa_fx.last_plan(layer) for layer in model.layers]
+        for layer, plan in zip(expected.layers, plans, strict=True):
+            load_masked(layer, plan.to_json())
+        _close(result, expected(x))
+    assert plans[0].sites[0].query_heads != plans[1].sites[0].query_heads
+
+
+class Autocasting(nn.Module):
+    """Attention under autocast of its own, behind a norm that must stay in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(24), FusedAttention(24, 8)
+        self.mix = nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = self.norm(x.float() @ self.mix)
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = self.attention(x)
+        return y.float() + x
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_autocast(outside: bool, inner: str) -> None:
+    torch.manual_seed(0)
+    model, x = Autocasting(), noise(2, 5, 24)
+    compiled = _compile(model, inner=inner)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        result = compiled(x)
+        oracle = _masked(model, sqa_fx.last_plan(model))
+        expected = oracle(x)
+    assert result.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+    # The part in float32 is exact: bfloat16 there would be off by a hundred times as much.
+    torch.testing.assert_close(result.mean(), expected.mean(), rtol=1e-3, atol=1e-3)
+    result.square().sum().backward()
+    expected.square().sum().backward()
+    gradient, reference = model.mix.grad, oracle.get_parameter("mix").grad
+    assert gradient is not None and reference is not None
+    torch.testing.assert_close(gradient, reference, rtol=5e-2, atol=5e-2 * float(reference.abs().max()))
+
+
+class Checkpointed(Blocks):
+    """Blocks that are computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def test_activation_checkpointing() -> None:
+    torch.manual_seed(0)
+    model, x = perturb(Checkpointed()), noise(2, 5, 24)
+    saved: list[list[str]] = []
+
+    def recomputed(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        saved.append([n.name for n in module.graph.nodes if n.meta.get("recompute") is not None])
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    compiled = _compile(model, inner=recomputed)
+    result = compiled(x)
+    plan = sqa_fx.last_plan(model)
+    assert len(plan.sites) == 2
+    oracle = _masked(model, plan)
+    expected = oracle(x)
+    _close(result, expected)
+    assert any("attention" in name for name in saved[0]), "nothing is marked to be computed again"
+    _loss(result).backward()
+    _loss(expected).backward()
+    kept = dict(oracle.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not any(p.name == name for p in plan.parameters):
+            torch.testing.assert_close(parameter.grad, kept[name].grad, rtol=1e-4, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Writes to a buffer, drops out with a rate that dynamo may make an input, and freezes a branch."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.frozen, self.rate = FusedAttention(24, 8), nn.Linear(24, 24), 0.25
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.shape[0]
+        with torch.no_grad():
+            scale = self.frozen(x)
+        x = F.dropout(x, self.rate, self.training) + scale
+        x = x.clone()
+        x[:, 0] = 0
+        out: Tensor = self.attention(x)
+        return out
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_buffers_in_place_writes_and_parts_without_gradients(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Counting().train(), noise(2, 5, 24)
+    compiled = torch.compile(
+        model, backend="sqa_fx", dynamic=dynamic, options={"hq": 4, "hkv": 4, "inner": "aot_eager"}
+    )
+    result = compiled(x)
+    assert len(sqa_fx.last_plan(model).sites) == 1
+    _loss(result).backward()
+    assert model.seen.item() == 2
+    assert model.frozen.weight.grad is None
+    assert model.get_parameter("attention.c_attn.weight").grad is not None
+    model.eval()
+    oracle = _masked(model, sqa_fx.last_plan(model))
+    _close(compiled(x), oracle(x))
+    assert model.seen.item() == 4
+
+
+class Doubled(torch.autograd.Function):
+    """Its backward is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 7
+
+
+class WithFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = FusedAttention(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Doubled.apply(self.attention(x))  # type: ignore[no-untyped-call]
+        return out
+
+
+def test_backward_functions_written_by_hand_are_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = WithFunction(), noise(2, 5, 24)
+    twin = copy.deepcopy(model)
+    with caplog.at_level(logging.WARNING, "sqa_fx"):
+        _compile(model, inner="aot_eager")(x).sum().backward()
+    assert "autograd.Function" in caplog.text
+    twin(x).sum().backward()
+    name = "attention.c_proj.weight"
+    torch.testing.assert_close(model.get_parameter(name).grad, twin.get_parameter(name).grad)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = _compile(model)(x)
+        _close(result, _masked(model, sqa_fx.last_plan(model))(x))
+
+
+def test_graphs_without_attention_pass_through() -> None:
+    seen: list[torch.fx.GraphModule] = []
+
+    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(module)
+        return module
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    x = noise(2, 4)
+    assert torch.equal(_compile(model, inner=inner)(x), model(x))
+    assert all(n.op != "call_function" or "aten" not in str(n.target) for n in seen[0].graph.nodes)
+    with pytest.raises(InputError, match="nothing was converted yet"):
+        sqa_fx.last_plan(model)
+
+
+class Mixed(nn.Module):
+    """Talking heads: refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o, self.mix = nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (8, 3)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = self.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        out: Tensor = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
+        return out
+
+
+def test_refused_attention_is_kept_or_raises(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Mixed(), noise(2, 5, 24)
+    with caplog.at_level(logging.WARNING, "sqa_fx"):
+        _close(_compile(model)(x), model(x))
+    assert "talking heads" in caplog.text and "to convert" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="talking heads") as caught:
+        _compile(model, on_refused="raise")(x)
+    assert isinstance(caught.value.__cause__ or caught.value.inner_exception, SqaError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how many heads"),
+        ({"hq": 4, "heds": "first"}, "unknown options.*heds.*known are hq"),
+        ({"hq": 4, "on_refused": "warn"}, "on_refused='warn': known are 'keep', 'raise'"),
+        ({"hq": 4, "plan": sqa_fx.Plan(())}, "either plan or hq"),
+        ({"hq": 4, "verify": "twice"}, "verify='twice'"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sqa_fx.backend(**options)
+
+
+def test_impossible_requests_raise_when_asked() -> None:
+    model, x = _small(), noise(2, 5, 24)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="hq") as caught:
+        _compile(model, hq=5, hkv=3, on_refused="raise")(x)
+    assert isinstance(caught.value.inner_exception, PlanError)
+
+
+def test_plans_made_ahead_of_time_are_applied() -> None:
+    model, x = _small(), noise(2, 5, 24)
+    ahead = converted(model, hq={"*0*": 2}, hkv={"*0*": 2}, args=(x,), heads="first")
+    compiled = torch.compile(model, backend=sqa_fx.backend(plan=ahead.plan, inner="eager"))
+    with torch.no_grad():
+        _close(compiled(x), ahead(x))
+    assert sqa_fx.last_plan(model).sites == ahead.plan.sites
+
+
+def test_caches_of_inductor_tell_options_apart(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = noise(2, 5, 24)
+    counters = torch._dynamo.utils.counters
+    results: list[Tensor] = []
+    hits: list[int] = []
+    with torch._inductor.config.patch(fx_graph_cache=True), torch._functorch.config.patch(enable_autograd_cache=False):
+        for hq in (4, 2, 4):
+            torch._dynamo.reset()
+            model = _small()
+            counters.clear()
+            with torch.no_grad():
+                compiled = _compile(model, hq=hq, hkv=hq, inner="inductor")
+                results.append(compiled(x))
+                _close(results[-1], _masked(model, sqa_fx.last_plan(model))(x))
+            hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 0, 1]
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
+def test_passes_and_graphs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _small(), noise(2, 5, 24)
+    with caplog.at_level(logging.DEBUG, "sqa_fx"):
+        _compile(model)(x)
+    for text in ("trace: ", "find: ", "plan: ", "rewrite: ", "verify: ", " ms", "graph before:", "graph converted:"):
+        assert text in caplog.text
+    assert "layers.0: 8/8 -> 4/4 heads" in caplog.text
+
+
+def test_mixture_of_requests_by_site() -> None:
+    model, x = _small(), noise(2, 5, 24)
+    with torch.no_grad():
+        result = _compile(model, hq={"*1*": 2}, hkv={"*1*": 1})(x)
+        plan = sqa_fx.last_plan(model)
+        assert [(s.name, s.hq, s.hkv) for s in plan.sites] == [("layers.1", 2, 1)]
+        _close(result, _masked(model, plan)(x))
+
+
+def test_tokens_of_a_language_model_under_dynamic_shapes() -> None:
+    case = CASES["llama_gqa"]
+    model = perturb(case.build("sdpa")).eval()
+    compiled = torch.compile(model, backend="sqa_fx", dynamic=True, options=HALF)
+    with torch.no_grad():
+        first = compiled(input_ids=tokens(2, 7), use_cache=False)
+        oracle = _masked(model, sqa_fx.last_plan(model))
+        _close(first.logits, oracle(input_ids=tokens(2, 7), use_cache=False).logits)
+        for batch, length in ((2, 11), (1, 13), (3, 1)):
+            ids = tokens(batch, length)
+            _close(compiled(input_ids=ids, use_cache=False).logits, oracle(input_ids=ids, use_cache=False).logits)
+
+
+def test_sites_beyond_the_limit_stay(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _small(), noise(2, 5, 24)
+    monkeypatch.setenv("SQA_FX_MAX_SITES", "1")
+    with torch.no_grad():
+        with caplog.at_level(logging.WARNING, "sqa_fx"):
+            result = _compile(model)(x)
+        plan = sqa_fx.last_plan(model)
+        assert [s.name for s in plan.sites] == ["layers.0"] and "SQA_FX_MAX_SITES: layers.1" in caplog.text
+        ahead = converted(model, hq=0.5, hkv=0.5, args=(x,))
+        assert ahead.plan.sites == plan.sites and any("SQA_FX_MAX_SITES" in note for note in ahead.report.notes)
+        _close(result, ahead(x))
+        broken = perturb(Breaking()).eval()
+        torch._dynamo.reset()
+        _compile(broken)(x)
+        assert [s.name for s in sqa_fx.last_plan(broken).sites] == ["first"]
+    monkeypatch.setenv("SQA_FX_MAX_SITES", "few")
+    with pytest.raises(InputError, match="SQA_FX_MAX_SITES='few'"):
+        converted(model, hq=0.5, hkv=0.5, args=(x,))
