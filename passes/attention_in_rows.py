@@ -21,7 +21,7 @@ def in_rows(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """scaled_dot_product_attention of q [..., query rows, head dim] with k and v, without dropout, in bounded memory."""
+    """scaled_dot_product_attention of q [..., query rows, head dim] with k and v, no dropout, in bounded memory."""
     assert dropout_p == 0.0
     rows, columns = q.shape[-2], k.shape[-2]
     step = max(1, _AT_ONCE // max(1, q.shape[:-2].numel() * columns))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -29,9 +29,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from sqa_fx.errors import CaptureError
 
+_TABLE = re.compile(r"\._(?:modules|parameters|buffers)\[")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
-_checkpoints = itertools.count()
 _ROOT = re.compile(r"^[A-Z]+\['([^']*)'\]|^[A-Za-z_]\w*")
+_checkpoints = itertools.count()
 
 
 @dataclass
@@ -47,18 +48,18 @@ class DynamoGraph:
     fakes: dict[str, Any] = field(default_factory=dict)
     """The fake value of each parameter and buffer."""
     roots: dict[str, Source] = field(default_factory=dict)
-    """Where dynamo found the modules that hold the parameters, outermost ones."""
+    """Where dynamo found the modules that hold the parameters, outermost ones, by the expression that names them."""
 
     def root(self) -> nn.Module | None:
         """The module that is compiled, when it is one and dynamo tells."""
         if len(self.roots) != 1:
             return None
-        (source,) = self.roots.values()
+        (expression,) = self.roots
         try:
-            scope = InstructionTranslator.current_tx().output.local_scope
-        except AttributeError:
+            output = InstructionTranslator.current_tx().output
+            found = eval(expression, {"L": output.local_scope, "G": output.global_scope})
+        except (AttributeError, LookupError, NameError, TypeError):
             return None
-        found = scope.get(getattr(source, "local_name", ""))
         return found if isinstance(found, nn.Module) else None
 
 
@@ -214,12 +215,12 @@ def _assemble(
     root = nn.Module()
     found: dict[str, int] = {}
     fakes: dict[str, Any] = {}
-    roots: dict[str, Source] = {}
+    roots = _module_roots(placeholders)
     arguments: list[Any] = []
     originals = dict(original.meta.get("dynamo_flat_name_to_original_fqn", {}))
     for position, node in enumerate(list(graph.find_nodes(op="placeholder"))):
         if position < len(names):
-            name = _parameter_name(placeholders[position], values[position], position in mutated)
+            name = _parameter_name(placeholders[position], values[position], position in mutated, roots)
         else:
             target = held[position - len(names)]
             name = originals.get(target, target)
@@ -237,11 +238,6 @@ def _assemble(
         if position < len(names):
             found[path] = position
             fakes[path] = node.meta["val"]
-            source: Any = getattr(placeholders[position].meta.get("grapharg"), "source", None)
-            while getattr(source, "base", None) is not None:
-                source = source.base
-            if source is not None:
-                roots[str(source)] = source
     for name, value in vars(traced).items():
         if isinstance(value, Tensor | fx.GraphModule):
             _set(root, name, value)
@@ -253,7 +249,7 @@ def _assemble(
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
-            node.meta["nn_module_stack"] = {k: (source_path(str(v[0])), v[1]) for k, v in stack.items()}
+            node.meta["nn_module_stack"] = {k: (source_path(str(v[0]), roots), v[1]) for k, v in stack.items()}
     module = fx.GraphModule(root, graph)
     module.meta = dict(original.meta)
     return DynamoGraph(module, arguments, found, original, fakes, roots)
@@ -275,7 +271,29 @@ def _write_back(graph: fx.Graph, mutated: Mapping[int, str], names: Sequence[str
     output.args = (tuple(results[len(mutated) :]),)
 
 
-def _parameter_name(node: fx.Node, value: Any, written: bool) -> str | None:
+def _expression(source: Any) -> str:
+    """The expression by which dynamo's guards name a value."""
+    return source.name if isinstance(source.name, str) else str(source.name())  # a method in torch 2.11
+
+
+def _module_roots(placeholders: Sequence[fx.Node]) -> dict[str, Source]:
+    """The outermost modules that the graph takes parameters, buffers or submodules of: ``L['self']``, or
+    ``L['args'][0]`` where a decorator of forward takes any arguments."""
+    found: dict[str, Source] = {}
+    for node in placeholders:
+        source: Any = getattr(node.meta.get("grapharg"), "source", None)
+        table = _TABLE.search(_expression(source)) if source is not None else None
+        if table is None:
+            continue
+        root = _expression(source)[: table.start()]
+        while source is not None and _expression(source) != root:
+            source = getattr(source, "base", None)
+        if source is not None:
+            found[root] = source
+    return {r: s for r, s in found.items() if not any(r != o and r.startswith((f"{o}.", f"{o}[")) for o in found)}
+
+
+def _parameter_name(node: fx.Node, value: Any, written: bool, roots: Collection[str]) -> str | None:
     """The model's name of a parameter or buffer that dynamo made an input; None for the call's own inputs.
 
     What the graph writes to (a cache) stays an input: it belongs to the caller, with its sizes.
@@ -285,14 +303,15 @@ def _parameter_name(node: fx.Node, value: Any, written: bool) -> str | None:
     if written or not static or not isinstance(value, Tensor):
         return None
     source = getattr(node.meta.get("grapharg"), "source", None)
-    return source_path(source.name if isinstance(source.name, str) else source.name()) if source else node.name
+    return source_path(_expression(source), roots) if source else node.name
 
 
-def source_path(source: str) -> str:
+def source_path(source: str, roots: Collection[str] = ()) -> str:
     """The path in the model that an expression of dynamo's names: "L['self']._modules['a']._parameters['w']" is
-    "a.w"."""
+    "a.w". ``roots`` are expressions of whole models."""
+    own = min((r for r in roots if source == r or source.startswith((f"{r}.", f"{r}["))), key=len, default=None)
     root = _ROOT.match(source)
-    rest = source[root.end() :] if root else source
+    rest = source[len(own) :] if own is not None else source[root.end() :] if root else source
     steps = [next(g for g in match.groups() if g is not None) for match in _STEP.finditer(rest)]
     return ".".join(s for s in steps if s not in ("__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"))
 

@@ -1,0 +1,225 @@
+"""torch.compile with backend "sqa_fx" beside the same architecture written by hand, and what the passes cost.
+
+    python examples/compile_bench.py [--tokens 1024x16 4096x4 32768x1] [--width 1024] [--layers 8] [--out STEM]
+
+For every size, in one process and in interleaved runs: the model as it is, the same model through the backend, the
+same model converted ahead of time, and an SQA model written by hand with as many heads, all under torch.compile
+(Inductor); inference (no gradients) and a training step (forward, backward, AdamW). Prints medians and ratios. Compile
+times are cold: Inductor's caches are off. Writes STEM.json and STEM.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sqa_fx
+
+HEAD_DIM = 64
+
+
+class Attention(nn.Module):
+    """Causal rotary attention with ``heads`` query heads and ``kv_heads`` KV heads of 64."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.q, self.o = (
+            nn.Linear(width, heads * HEAD_DIM, bias=False),
+            nn.Linear(heads * HEAD_DIM, width, bias=False),
+        )
+        self.k, self.v = (nn.Linear(width, kv_heads * HEAD_DIM, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [batch, length, width]; cos and sin [length, 64]."""
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.heads, HEAD_DIM).transpose(1, 2)
+        k = self.k(x).view(b, t, self.kv_heads, HEAD_DIM).transpose(1, 2)
+        v = self.v(x).view(b, t, self.kv_heads, HEAD_DIM).transpose(1, 2)
+        q, k = (y * cos + torch.cat([-y[..., HEAD_DIM // 2 :], y[..., : HEAD_DIM // 2]], -1) * sin for y in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        out: Tensor = self.o(y.transpose(1, 2).reshape(b, t, -1))
+        return out
+
+
+class Model(nn.Module):
+    """A Llama-shaped decoder without embedding."""
+
+    def __init__(self, width: int, layers: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(width, heads, kv_heads) for _ in range(layers)])
+        self.gates = nn.ModuleList([nn.Linear(width, 2 * 3 * width, bias=False) for _ in range(layers)])
+        self.downs = nn.ModuleList([nn.Linear(3 * width, width, bias=False) for _ in range(layers)])
+        self.norms = nn.ModuleList([nn.RMSNorm(width) for _ in range(2 * layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: [batch, length, width]."""
+        t = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+        rates = 10000 ** -torch.linspace(0, 1, HEAD_DIM // 2, device=x.device)
+        angles = torch.cat([t[:, None] * rates] * 2, -1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, attention in enumerate(self.attentions):
+            x = x + attention(self.norms[2 * i](x), cos, sin)
+            gate, up = self.gates[i](self.norms[2 * i + 1](x)).chunk(2, -1)
+            x = x + self.downs[i](F.silu(gate) * up)
+        return x
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(3):
+        for call in calls.values():
+            call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step_of(model: Any, parameters: Sequence[nn.Parameter], x: Tensor) -> Callable[[], None]:
+    """One training step on a fixed batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=x.device.type == "cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def timed_first_call(call: Callable[[], Any], device: str) -> float:
+    """Seconds of a call that compiles."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace, batch: int, length: int, training: bool) -> dict[str, Any]:
+    """One size: times of the four models, compile times, and the share of the passes."""
+    device, dtype = options.device, getattr(torch, options.dtype)
+    heads = options.width // HEAD_DIM
+    hq, hkv = heads // 2, heads // 4
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(batch, length, options.width, device=device, dtype=dtype)
+    base = Model(options.width, options.layers, heads, heads).to(device, dtype)
+    own = Model(options.width, options.layers, hq, hkv).to(device, dtype)
+    small = torch.randn(1, 64, options.width, device=device, dtype=dtype)
+    converted = sqa_fx.convert(base, hq=hq, hkv=hkv, args=(small,))
+    request = {"hq": hq, "hkv": hkv, "on_refused": "raise"}
+    models: dict[str, tuple[Any, list[nn.Parameter]]] = {
+        "original": (torch.compile(base), list(base.parameters())),
+        "hand-written SQA": (torch.compile(own), list(own.parameters())),
+        "converted ahead of time": (torch.compile(converted), list(converted.parameters())),
+        "backend sqa_fx": (torch.compile(base, backend="sqa_fx", options=request), list(base.parameters())),
+    }
+    calls: dict[str, Callable[[], Any]] = {}
+    compile_seconds: dict[str, float] = {}
+    with torch.set_grad_enabled(training):
+        for name, (model, parameters) in models.items():
+            calls[name] = step_of(model, parameters, x) if training else (lambda model=model: model(x))
+            compile_seconds[name] = timed_first_call(calls[name], device)
+        graph = sqa_fx.compiled_graphs()[-1]
+        milliseconds = interleaved(calls, device, options.repeats)
+    spent = {name: ms for name, ms in graph.report.milliseconds.items() if name != "capture"}
+    passes = sum(ms for name, ms in spent.items() if name != "verify") / 1e3
+    proof = graph.report.proof
+    return {
+        "batch": batch,
+        "length": length,
+        "case": "training step" if training else "inference",
+        "heads": [heads, hq, hkv],
+        "milliseconds": milliseconds,
+        "backend_over_hand_written": milliseconds["hand-written SQA"] / milliseconds["backend sqa_fx"],
+        "ahead_of_time_over_hand_written": milliseconds["hand-written SQA"] / milliseconds["converted ahead of time"],
+        "backend_over_original": milliseconds["original"] / milliseconds["backend sqa_fx"],
+        "compile_seconds": compile_seconds,
+        "passes_milliseconds": spent,
+        "passes_share_of_compile": passes / compile_seconds["original"],
+        "passes_and_proof_share_of_compile": (passes + spent.get("verify", 0.0) / 1e3) / compile_seconds["original"],
+        "proof": None if proof is None else {"precision": proof["precision"], "error": proof["error"]},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    head = ["case", "tokens x batch", "original ms", "by hand ms", "ahead of time ms", "backend ms",
+            "backend / by hand", "ahead of time / by hand", "speed-up", "passes / compile", "with proof"]  # fmt: skip
+    body = []
+    for row in rows:
+        ms = row["milliseconds"]
+        body.append([
+            row["case"], f"{row['length']} x {row['batch']}", *(f"{v:.2f}" for v in ms.values()),
+            f"{row['backend_over_hand_written']:.3f}", f"{row['ahead_of_time_over_hand_written']:.3f}",
+            f"{row['backend_over_original']:.2f}x", f"{row['passes_share_of_compile']:.1%}",
+            f"{row['passes_and_proof_share_of_compile']:.1%}",
+        ])  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in body)])
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", default=["1024x16", "4096x4", "32768x1"], help="LENGTHxBATCH")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True
+    torch.set_float32_matmul_precision("high")
+    # The first compilation of a process also imports the compiler.
+    torch.compile(nn.Linear(8, 8).to(options.device))(torch.randn(2, 8, device=options.device)).sum().backward()
+    rows = []
+    for size in options.tokens:
+        length, batch = (int(n) for n in size.split("x"))
+        for training in (False, True):
+            rows.append(measure(options, batch, length, training))
+            print(json.dumps(rows[-1]), flush=True)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    about = {
+        "device": where,
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "width": options.width,
+        "layers": options.layers,
+        "command": "python examples/compile_bench.py",
+    }
+    print(table(rows))
+    if options.out is not None:
+        options.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        said = ", ".join(f"{k} {v}" for k, v in about.items())
+        options.out.with_suffix(".md").write_text(
+            f"# torch.compile with the sqa_fx backend\n\n{said}\n\n{table(rows)}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
