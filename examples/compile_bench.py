@@ -11,6 +11,7 @@ times are cold: Inductor's caches are off. Writes STEM.json and STEM.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -141,7 +142,7 @@ def measure(options: argparse.Namespace, batch: int, length: int, training: bool
     compile_seconds: dict[str, float] = {}
     with torch.set_grad_enabled(training):
         for name, (model, parameters) in models.items():
-            calls[name] = step_of(model, parameters, x) if training else (lambda model=model: model(x))
+            calls[name] = step_of(model, parameters, x) if training else functools.partial(model, x)
             compile_seconds[name] = timed_first_call(calls[name], device)
         graph = sqa_fx.compiled_graphs()[-1]
         milliseconds = interleaved(calls, device, options.repeats)

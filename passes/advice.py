@@ -38,7 +38,10 @@ ADVICE: dict[RefusalKind, str] = {
     "no output projection": (
         "put a linear layer between the heads' output and its first use (its input columns are what is cut)"
     ),
-    "cache input": "call the model without a KV cache that enters as an input (use_cache=False, no past_key_values)",
+    "cache input": (
+        "keep all KV heads (hkv of the original), convert ahead of time (sqa_fx.convert makes the cache smaller), or "
+        "call the model without a KV cache that enters as an input (use_cache=False)"
+    ),
     "compiled output": (
         "convert ahead of time, sqa_fx.convert(model, ...), which changes the shape of that output and says so"
     ),

@@ -71,7 +71,9 @@ def export_some_way(
     plain objects. Shapes that the caller specified are never dropped. Raises CaptureError with torch's reasons.
     """
     automatic = isinstance(dynamic, str)
+    known = register_caches(args, kwargs)
     ladder = _Ladder(model, args, kwargs, automatic_shapes(model, args, kwargs, free) if automatic else dynamic)
+    ladder.notes.extend(known)
     versions = _state_versions(model)
     try:
         return ladder.climb(static_too=automatic)
@@ -127,7 +129,9 @@ class _Ladder:
         self.unknown = set()
         done = self._export(way)
         while done is None and register and self.unknown:
-            names = [f"{cls.__module__}.{cls.__qualname__}" for cls in sorted(self.unknown, key=str) if _register(cls)]
+            names = [
+                f"{cls.__module__}.{cls.__qualname__}" for cls in sorted(self.unknown, key=str) if register_class(cls)
+            ]
             if not names:
                 break
             self.notes.append(f"registered with torch's pytree, to be returned by a graph: {', '.join(names)}")
@@ -146,8 +150,8 @@ class _Ladder:
 
         def look(module: nn.Module, given: Any, output: Any) -> Any:
             self.unknown |= {type(leaf) for leaf in pytree.tree_leaves(output) if not isinstance(leaf, _PLAIN)}
-            leaves = pytree.tree_leaves(output, is_leaf=lambda v: _is_cache(type(v)))
-            self.caches = any(_is_cache(type(leaf)) for leaf in leaves)
+            leaves = pytree.tree_leaves(output, is_leaf=lambda v: is_cache_class(type(v)))
+            self.caches = any(is_cache_class(type(leaf)) for leaf in leaves)
             return _without_caches(output) if way.strip else output
 
         # Dynamo would trace the hook; what non-strict export sees comes first and is the same.
@@ -180,6 +184,18 @@ class _Ladder:
             for i, (why, ways) in enumerate(by_reason.items())
         ]
         return "; ".join(parts)
+
+
+def register_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Make the caches among the inputs known to pytree, nested ones too; what the notes say of it."""
+    names: list[str] = []
+    while True:
+        kinds = {type(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, _PLAIN)}
+        caches = [cls for cls in kinds if is_cache_class(cls)]
+        new = [f"{cls.__module__}.{cls.__qualname__}" for cls in sorted(caches, key=str) if register_class(cls)]
+        if not new:
+            return [f"registered with torch's pytree, to be an input of a graph: {', '.join(names)}"] if names else []
+        names.extend(new)
 
 
 def _name_every_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -226,11 +242,12 @@ def cache_is_optional(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     return parameter.default is not False and not (parameter.default is None and own is False)
 
 
-def _is_cache(cls: type) -> bool:
+def is_cache_class(cls: type) -> bool:
+    """True for the class of a KV cache, by its name or that of a base."""
     return any(base.__name__.endswith("Cache") for base in cls.__mro__)
 
 
-def _register(cls: type) -> bool:
+def register_class(cls: type) -> bool:
     """Make ``cls`` known to pytree: by its own library, as a data class, or as a plain object. False if it cannot be.
 
     A class with slots or one that is built outside Python has no fields that could be listed.
@@ -256,7 +273,7 @@ def _register(cls: type) -> bool:
 def _by_library(cls: type) -> bool:
     """Ask the library that defines a cache class for its own registration, where it has one."""
     library = cls.__module__.partition(".")[0]
-    if library not in sys.modules or not _is_cache(cls):
+    if library not in sys.modules or not is_cache_class(cls):
         return False
     try:
         helper: Callable[[type], None] = importlib.import_module(
@@ -291,7 +308,7 @@ def _object(cls: type, values: Any, form: list[Any]) -> Any:
 
 def _without_caches(output: Any) -> Any:
     """The output with every cache object replaced by None."""
-    if _is_cache(type(output)):
+    if is_cache_class(type(output)):
         return None
     if isinstance(output, Mapping):
         kept = {name: _without_caches(value) for name, value in output.items()}
@@ -361,6 +378,12 @@ def free_dimensions(tensor: Tensor) -> list[int]:
     return list(range(rank - 1)) if rank <= 3 else [0]
 
 
+def _cache_dimensions(tensor: Tensor) -> list[int]:
+    """The dimensions of keys or values [batch, KV heads, positions, head dim] in a cache that are batch and
+    positions."""
+    return [0, tensor.dim() - 2] if tensor.is_floating_point() and tensor.dim() > 2 else []
+
+
 def automatic_shapes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Free = free_dimensions
 ) -> Any:
@@ -368,8 +391,20 @@ def automatic_shapes(
     anyway. Raises InputError when the inputs do not fit the model's forward."""
     auto = torch.export.Dim.AUTO
 
-    def spec(leaf: Any) -> Any:
-        return {d: auto for d in free(leaf) if leaf.size(d) > 1} if isinstance(leaf, Tensor) else None
+    def spec(value: Any, cache: bool = False) -> Any:
+        if isinstance(value, Tensor):
+            dims = _cache_dimensions(value) if cache else free(value)
+            return {d: auto for d in dims if value.size(d) > 1}
+        if type(value) in (list, tuple):
+            nested = cache or all(type(v) in (list, tuple) for v in value)
+            return type(value)(spec(v, nested) for v in value)
+        if type(value) is dict:
+            return {k: spec(v, cache) for k, v in value.items()}
+        if type(value) in pytree.SUPPORTED_NODES:
+            # torch.export wants a list for the children of any class that is registered.
+            children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+            return [spec(v, cache or is_cache_class(type(value))) for v in children]
+        return None
 
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
@@ -380,7 +415,7 @@ def automatic_shapes(
     for name, value in bound.items():
         kind = parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            result.update({k: pytree.tree_map(spec, v) for k, v in value.items()})
+            result.update({k: spec(v) for k, v in value.items()})
         else:
-            result[name] = pytree.tree_map(spec, value)
+            result[name] = spec(value)
     return result

@@ -25,7 +25,7 @@ def weight_scores(module: fx.GraphModule, site: Site) -> Tensor:
     norms = {}
     for role in ("v", "o"):
         total = torch.zeros(site.heads, dtype=torch.float64)
-        for use in site.leaves:
+        for use in (u for u in site.leaves if u.node.op == "get_attr"):
             weight = attribute(module, use.node.target)
             if use.role != role or weight.dim() < 2 or not weight.is_floating_point() or weight.is_meta:
                 continue

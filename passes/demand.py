@@ -76,7 +76,10 @@ class Follower:
                 found[node] = join(found[node], labels) if node in found else labels
         for role, found in operands.items():
             self._backward(found, role, "core" if role == "q" else "kv")
+        if not self.facts.fixed_caches:
+            self._pass_on()
         self._forward(starts, values)
+        self._check_caches()
         core = site.core
         made = {use.role for use in site.leaves}
         if "o" not in made:
@@ -245,7 +248,7 @@ class Follower:
                 continue
             if not tie:
                 self.labels[role, node] = found
-            if node.op == "get_attr":
+            if node.op == "get_attr" or (kind == "kv" and self._is_cache(node, role, tie)):
                 self._leaf(node, found, role, tie)
                 continue
             description = step(node)
@@ -375,9 +378,17 @@ class Follower:
                 raise Refused("an operand depends on the attention output itself", node, kind="head mixing")
             push(operand.node, back)
 
+    def _is_cache(self, node: fx.Node, role: str, tie: bool) -> bool:
+        """True for an input that holds keys or values and gets fewer heads."""
+        if node.op != "placeholder" or role not in ("k", "v") or self.facts.fixed_caches:
+            return False
+        if tie:
+            raise Refused("a norm across heads reads keys or values from a cache", node, kind="cache input")
+        return True
+
     def _leaf(self, node: fx.Node, found: Labels, role: str, tie: bool) -> None:
-        if role.startswith("side:"):
-            # A table that is cut or looked up in part belongs to its heads as a whole.
+        if role.startswith("side:") or node.op == "placeholder":
+            # A table that is cut or looked up in part belongs to its heads as a whole, and so does a cache.
             found = fill_gaps(found, torch.ones((), dtype=torch.bool))
             if not tie:
                 self.labels[role, node] = found
@@ -401,7 +412,7 @@ class Follower:
         return (last >= first) & (self.kv[first.clamp(max=limit)] != self.kv[last.clamp(min=0)])
 
     def _frontier(self, node: fx.Node, found: Labels, role: str, reason: str) -> None:
-        if role == "o" or (role in ("q", "k", "v") and node.op == "placeholder"):
+        if role == "o" or (role == "q" and node.op == "placeholder"):
             raise Refused(f"no projection makes {role}: it comes from {reason}", node, kind="cache input")
         if len(varying(found)) != 1:
             raise Refused(f"{reason} has heads along several dimensions", node, kind="opaque op")
@@ -411,6 +422,92 @@ class Follower:
         self.site.frontiers.append((role, node))
         if kind == "kv" or role == "q":
             self._follow({node: found}, role, kind, tie=True)
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def _pass_on(self) -> None:
+        """Follow keys and values to where they leave the graph: outputs, and caches that they are written into."""
+        site, order = self.site, self.facts.order
+        for role in ("k", "v"):
+            queue = sorted((n for r, n in self.labels if r == role), key=order.__getitem__)
+            for node in queue:
+                for user in node.users:
+                    if user.op == "output":
+                        if (role, node) not in site.carried_outputs and varying(self.labels[role, node]):
+                            site.carried_outputs.append((role, node))
+                    elif (role, user) in self.labels or self._keeps_whole(role, node):
+                        continue
+                    elif op_name(user) == "copy_":
+                        self._written(role, user)
+                        queue.append(user)
+                    elif self._leaves(user):
+                        self._passed(role, user)
+                        queue.append(user)
+
+    def _keeps_whole(self, role: str, node: fx.Node) -> bool:
+        """True for what is not cut itself: parameters, and tensors that one KV head makes alone."""
+        return node.op == "get_attr" or not varying(self.labels[role, node])
+
+    @staticmethod
+    def _leaves(node: fx.Node) -> bool:
+        """True when only outputs of the graph, or caches, are made from ``node``, and it only moves elements."""
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current.op == "output" or op_name(current) == "copy_":
+                continue
+            if not isinstance(step(current), Move) and not (
+                isinstance(step(current), Aligned) and len([n for n in current.all_input_nodes if is_tensor(n)]) == 1
+            ):
+                return False
+            if not current.users:
+                return False
+            stack.extend(u for u in current.users if u not in seen)
+            seen.update(current.users)
+        return True
+
+    def _passed(self, role: str, node: fx.Node) -> None:
+        """Label a node behind keys or values that is on its way out; it may join keys with values."""
+        description = step(node)
+        known = {}
+        for source in node.all_input_nodes:
+            own = next((r for r in (role, "k", "v") if (r, source) in self.labels), None)
+            if own is not None:
+                known[source] = self.labels[own, source]
+                if own != role:
+                    self.labels[role, source] = self.labels[own, source]
+                    self.site.joined[role, source] = (own, source)
+        if isinstance(description, Move):
+            if any(s not in known for s in description.sources):
+                raise Refused("keys or values leave the graph joined to something else", node, kind="cache input")
+            labels = compress(self.facts.carrier.move_forward(node, known))
+        else:
+            assert isinstance(description, Aligned)
+            (operand,) = (o for o in description.operands if o.node in known)
+            labels, crossing = self.facts.carrier.align_forward(operand, known[operand.node], len(shape_of(node)))
+            if crossing:
+                raise Refused("keys or values of several heads leave the graph as one", node, kind="cache input")
+        self.labels[role, node] = labels
+
+    def _written(self, role: str, node: fx.Node) -> None:
+        """Note a ``copy_`` of keys or values; the cache it goes to must be one that is cut."""
+        target, value = node.args[:2]
+        assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+        if (role, target) not in self.labels or (role, value) not in self.labels:
+            raise Refused(
+                "keys or values are written over something that is no cache of them", node, kind="cache input"
+            )
+        self.labels[role, node] = self.labels[role, value]
+        self.site.written.append((role, node))
+
+    def _check_caches(self) -> None:
+        """Raise Refused when a cache that gets fewer heads is also read whole."""
+        for use in self.site.leaves:
+            if use.node.op == "placeholder" and use.axis >= 0:
+                for user in use.node.users:
+                    inside = any((r, user) in self.labels for r in ("k", "v", CORE)) or not is_tensor(user)
+                    if not inside and user.op != "output":
+                        raise Refused(f"input {use.node.name} is also read as a whole", user, kind="cache input")
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -441,7 +538,9 @@ class Follower:
                 continue
             if node.op == "output":
                 self.site.carried_outputs.extend(
-                    n for n in node.all_input_nodes if (CORE, n) in self.labels and n not in self.site.carried_outputs
+                    (CORE, n)
+                    for n in node.all_input_nodes
+                    if (CORE, n) in self.labels and (CORE, n) not in self.site.carried_outputs
                 )
                 continue
             if not is_tensor(node):

@@ -32,8 +32,10 @@ class Found:
 class GraphFacts:
     """Facts about one graph that every site asks for: order, constants, label arithmetic."""
 
-    def __init__(self, module: fx.GraphModule, allow_inexact: bool = False) -> None:
+    def __init__(self, module: fx.GraphModule, allow_inexact: bool = False, fixed_caches: bool = False) -> None:
         self.module, self.allow_inexact = module, allow_inexact
+        self.fixed_caches = fixed_caches
+        """Keys and values that are inputs or outputs of the graph keep their shapes: the caller expects them."""
         self.order = {n: i for i, n in enumerate(module.graph.nodes)}
         self.constants = constant_nodes(module.graph)
         self.carrier = Carrier(module, self.constants)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sqa_fx.passes.find import GraphFacts
-from sqa_fx.passes.hints import shape_of
+from sqa_fx.passes.hints import is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import aligned, compress, low, mixed_dims, single, varying
 from sqa_fx.passes.labels import heads as head_labels
 from sqa_fx.passes.ops import Aligned, Move, Opaque, Operand, argument, step
@@ -132,7 +132,7 @@ def _count(facts: GraphFacts, core: Core) -> HeadCount:
     if wider:
         # Heads may lie along a dimension that only the query has (one KV head for all, grouped queries).
         q = _operand_classes(facts, core.q, q_operand, own, rank)
-    k = _operand_classes(facts, core.k, k_operand, shared, rank)
+    k = _operand_classes(facts, core.k, k_operand, shared, rank, queries=q)
     q, k = _same_shape(q, k)
     while True:
         width = int(k.max()) + 1
@@ -147,11 +147,12 @@ def _count(facts: GraphFacts, core: Core) -> HeadCount:
     shared = {d for d in p_operand.dims if d is not None and d >= 0} & {
         d for d in v_operand.dims if d is not None and d >= 0
     }
-    v = _operand_classes(facts, core.v, v_operand, shared, out_rank, values=True)
     pairs, crossing = facts.carrier.align_forward(p_operand, _as_labels(carried), out_rank)
     if crossing:
         raise Refused("heads are mixed between the scores and the values", core.value, kind="head mixing")
-    pairs, v = _same_shape(_as_numbers(pairs), v)
+    pairs = _as_numbers(pairs)
+    v = _operand_classes(facts, core.v, v_operand, shared, out_rank, values=True, queries=pairs // width)
+    pairs, v = _same_shape(pairs, v)
     heads, tables = _number(pairs // width, pairs % width, v)
     q_table = torch.zeros(int(q.max()) + 1, dtype=torch.long)
     q_table[(pairs // width).reshape(-1)] = heads.reshape(-1)
@@ -176,7 +177,10 @@ def _count_fused(facts: GraphFacts, core: Core) -> HeadCount:
     q = _operand_classes(facts, core.q, operand(core.q, (rank - 2, -1)), batch, rank)
     found = []
     for node, last, values in ((core.k, (rank - 2, -1), False), (core.v, (-1, rank - 1), True)):
-        classes = _operand_classes(facts, node, operand(node, last), batch, rank, values)
+        queries = q
+        if gqa and q.size(-3) > 1:
+            queries = q[..., :: shape_of(core.q)[-3] // shape_of(node)[-3], :, :]
+        classes = _operand_classes(facts, node, operand(node, last), batch, rank, values, queries)
         if gqa:
             repeats = shape_of(core.q)[-3] // shape_of(node)[-3]
             classes = classes.expand(*classes.shape[:-3], shape_of(node)[-3], *classes.shape[-2:])
@@ -319,14 +323,27 @@ def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 
 def _operand_classes(
-    facts: GraphFacts, node: fx.Node, operand: Operand, shared: set[int], rank: int, values: bool = False
+    facts: GraphFacts,
+    node: fx.Node,
+    operand: Operand,
+    shared: set[int],
+    rank: int,
+    values: bool = False,
+    queries: Tensor | None = None,
 ) -> Tensor:
-    """A class number for each batch entry of one core operand, in the compressed shape of the core's output."""
+    """A class number for each batch entry of one core operand, in the compressed shape of the core's output.
+
+    Keys or values that no projection makes come from a cache; then ``queries`` (the classes of the query) tell its
+    heads from its batch.
+    """
     result = torch.zeros((1,) * rank, dtype=torch.long)
     batch = [i for i, d in enumerate(operand.dims) if d is not None and d in shared]
     # The channels of a head lie along the contracted dimension of q and k, and along the output's own dimension of v.
     inner = [i for i, d in enumerate(operand.dims) if i not in batch and d is not None and (d >= 0) == values]
-    for numbers in _channel_numbers(facts, node):
+    found: list[Tensor] = []
+    if queries is not None and node not in facts.constants and not _region_with(facts, node, False)[1]:
+        found = _cache_numbers(facts, node, operand, batch, inner, queries)
+    for numbers in found or _channel_numbers(facts, node):
         positions = [i for i in varying(numbers) if i not in batch and i not in inner]
         if positions:
             # Positions without channels (learned rows joined to the keys) say nothing about heads.
@@ -363,6 +380,31 @@ def _operand_classes(
     return result
 
 
+def _cache_numbers(
+    facts: GraphFacts, node: fx.Node, operand: Operand, batch: list[int], inner: list[int], queries: Tensor
+) -> list[Tensor]:
+    """Numbers of the entries of keys or values that come from an input of the graph (a cache): every entry has a number
+    of its own, but those that the same query head reads have one, and so have all positions."""
+    results = []
+    for numbers in _channel_numbers(facts, node, from_inputs=True):
+        for dim in varying(numbers):
+            if dim not in batch and dim not in inner:
+                numbers = numbers.narrow(dim, 0, 1)
+        shape = [1] * numbers.dim()
+        for i in batch:
+            shape[i] = queries.size(operand.dims[i] or 0)
+        own = queries.reshape(shape) if queries.numel() == torch.Size(shape).numel() else None
+        if own is None or any(a != b for a, b in zip(shape, numbers.shape, strict=True) if a != 1 and b != 1):
+            continue
+        readers, numbers = torch.broadcast_tensors(own, numbers)
+        classes = Classes(int(numbers.max()) + 1)
+        for reader in torch.unique(own).tolist():
+            read = numbers[readers == reader].reshape(-1, *(numbers.size(i) for i in inner))
+            classes.unite(read, read[:1])
+        results.append(compress(classes.roots(numbers)))
+    return results
+
+
 def _depends(numbers: Tensor, positions: list[int], batch: list[int], inner: list[int]) -> bool:
     """True when the set of channels of an entry changes along ``positions`` (and not merely their order)."""
     order = [*batch, *positions, *inner]
@@ -395,12 +437,12 @@ def _number(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[tuple[int, .
     return numbers, (kv_of, tuple(appearance[row] for row in ordered), tuple(range(len(kv_appearance))))
 
 
-def _channel_numbers(facts: GraphFacts, target: fx.Node, skipped: fx.Node | None = None) -> list[Tensor]:
+def _channel_numbers(facts: GraphFacts, target: fx.Node, from_inputs: bool = False) -> list[Tensor]:
     """For every source of ``target`` that has channels: the channel number of each element (-1: none), compressed.
 
-    What ``skipped`` contributes is left out.
+    ``from_inputs`` takes the graph's inputs for sources.
     """
-    region, sources = _region(facts, target)
+    region, sources = _region_with(facts, target, False, True) if from_inputs else _region(facts, target)
     results = []
     for source in sources:
         start = _source_numbers(facts, source)
@@ -415,7 +457,7 @@ def _channel_numbers(facts: GraphFacts, target: fx.Node, skipped: fx.Node | None
                     known = {s: values[s] for s in description.sources if s in values}
                     values[node] = facts.carrier.move_forward(node, known, missing=-1)
             elif isinstance(description, Aligned):
-                moved = _mix(description, values, len(shape_of(node)), classes) if node is not skipped else None
+                moved = _mix(description, values, len(shape_of(node)), classes)
                 if moved is not None:
                     values[node] = moved
         if target in values:
@@ -459,7 +501,9 @@ def _region(facts: GraphFacts, target: fx.Node) -> tuple[list[fx.Node], list[fx.
     return (region, sources) if sources else _region_with(facts, target, True)
 
 
-def _region_with(facts: GraphFacts, target: fx.Node, constants: bool) -> tuple[list[fx.Node], list[fx.Node]]:
+def _region_with(
+    facts: GraphFacts, target: fx.Node, constants: bool, inputs: bool = False
+) -> tuple[list[fx.Node], list[fx.Node]]:
     region: list[fx.Node] = []
     sources: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -486,7 +530,8 @@ def _region_with(facts: GraphFacts, target: fx.Node, constants: bool) -> tuple[l
             region.append(node)
             stack.extend(o.node for o in description.operands)
             continue
-        if node.op == "get_attr" or (isinstance(description, Opaque) and description.channels is not None):
+        cache = inputs and node.op == "placeholder" and is_cache(node)
+        if node.op == "get_attr" or cache or (isinstance(description, Opaque) and description.channels is not None):
             sources.append(node)
     region.sort(key=facts.order.__getitem__)
     return region, sources
@@ -540,6 +585,11 @@ def _made_channels(node: fx.Node, facts: GraphFacts) -> Tensor | None:
                 return None
             numbers, _ = facts.carrier.align_forward(operand, numbers, len(shape_of(user)))
     return numbers
+
+
+def is_cache(node: fx.Node) -> bool:
+    """True for an input that may hold keys or values: it has at least a batch, positions and channels."""
+    return is_tensor(node) and value_of(node).is_floating_point() and len(shape_of(node)) >= 3
 
 
 def _source_numbers(facts: GraphFacts, node: fx.Node) -> Tensor:

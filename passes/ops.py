@@ -282,6 +282,54 @@ def _scatter(node: fx.Node) -> Step:
     return Aligned(tuple(operands), frozenset({dim}))
 
 
+def _index_copy(node: fx.Node) -> Step:
+    """Slices of the first tensor along one dimension overwritten by those of another, at given positions."""
+    source, index, new = node.args[0], node.args[2], node.args[3]
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(new, fx.Node)
+    rank = len(shape_of(source))
+    dim = int(concrete(node.args[1])) % max(1, rank)
+    own = tuple(range(rank))
+    inner = tuple(-1 - i if i == dim else i for i in own)
+    places = (-1 - dim,) if shape_of(index) else ()
+    return Aligned((Operand(source, own), Operand(new, inner), Operand(index, places)), frozenset({dim}))
+
+
+def _index_put(node: fx.Node) -> Step:
+    """Entries of the first tensor at given positions of some dimensions overwritten by those of another."""
+    source, indices, new = node.args[0], list(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    assert isinstance(source, fx.Node) and isinstance(new, fx.Node)
+    rank = len(shape_of(source))
+    chosen = [i for i, n in enumerate(indices) if n is not None]
+    holders = [n for n in indices if isinstance(n, fx.Node)]
+    if not chosen or any(value_of(n).dtype == torch.bool for n in holders):
+        return Opaque("index_put by a mask")
+    width = max(len(shape_of(n)) for n in holders)
+    joined = chosen == list(range(chosen[0], chosen[-1] + 1))
+    kept = [i for i in range(rank) if i not in chosen]
+    places = [-1 - rank - i for i in range(width)]
+    before = [i for i in kept if joined and i < chosen[0]]
+    written = [*before, *places, *(i for i in kept if i not in before)]
+    shape = shape_of(new)
+    sizes = {i: shape_of(source)[i] for i in kept}
+    dims: list[int | None] = list(written[len(written) - len(shape) :])
+    for i, size in enumerate(shape):
+        own = dims[i]
+        if size == 1 and own is not None and own >= 0 and sizes[own] != 1:
+            dims[i] = None
+    operands = [Operand(source, tuple(range(rank))), Operand(new, tuple(dims))]
+    operands += [Operand(n, tuple(places[width - len(shape_of(n)) :])) for n in holders]
+    return Aligned(tuple(operands), frozenset(chosen))
+
+
+def _copy_into(node: fx.Node) -> Step:
+    """A tensor written into another: what is written counts from here on."""
+    new = node.args[1]
+    assert isinstance(new, fx.Node)
+    if len(shape_of(new)) > len(shape_of(node)):
+        return Opaque("copy_ from a larger tensor")
+    return Aligned((Operand(new, _broadcast_dims(new, shape_of(node))),))
+
+
 def _norm(node: fx.Node) -> Step:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -519,6 +567,9 @@ _ALIGNED: dict[str, Callable[[fx.Node], Step]] = {
     "embedding": _embedding,
     "gather": _gather,
     "scatter": _scatter,
+    "index_copy": _index_copy,
+    "index_put": _index_put,
+    "copy_": _copy_into,
     "argsort": _single_selection,
     "view_as_complex": _view_as_complex,
     "view_as_real": _view_as_real,

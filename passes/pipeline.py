@@ -83,10 +83,10 @@ class Analysis:
         raise error
 
 
-def find_sites(module: fx.GraphModule, allow_inexact: bool = False) -> Analysis:
+def find_sites(module: fx.GraphModule, allow_inexact: bool = False, fixed_caches: bool = False) -> Analysis:
     """Find and analyse every attention site of the graph. ``allow_inexact`` lets norms over all heads run over the kept
-    ones."""
-    facts = GraphFacts(module, allow_inexact)
+    ones; ``fixed_caches`` keeps the shapes of keys and values that are inputs or outputs of the graph."""
+    facts = GraphFacts(module, allow_inexact, fixed_caches)
     found = find_cores(facts)
     sites, refusals = [], list(found.refusals)
     joined: set[fx.Node] = set()

@@ -45,8 +45,12 @@ class Rewritten:
     cores: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    inputs: tuple[ParameterPlan, ...] = ()
+    """How inputs of the graph that hold keys or values (caches) are cut."""
     carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """For each graph output that carries heads: the dimension and the original entries that stay along it."""
+    smaller_outputs: dict[str, list[str]] = field(default_factory=dict)
+    """What outputs carry fewer of, and their nodes."""
     inexact: dict[str, str] = field(default_factory=dict)
     """Sites that cannot agree with the masked original, and why; the user allowed it."""
     inexact_outputs: set[int] = field(default_factory=set)
@@ -134,8 +138,12 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
         drop_dead_code(module.graph)
     for builder in builders:
         result.outputs[builder.site.name], result.cores[builder.site.name] = builder.commit(result)
+    result.notes.extend(f"{what}: {', '.join(names)}" for what, names in result.smaller_outputs.items())
     for builder in builders:
         builder.release_sizes()
+    drop_dead_code(module.graph)
+    for node in (n for b in builders for _, n in b.site.written):
+        module.graph.erase_node(node)
     drop_dead_code(module.graph)
     parameters.finish(result)
     parameters.drop_whole([u for b in builders for u in b.site.leaves if u.whole], result)
@@ -182,7 +190,10 @@ class _Parameters:
         if node not in self._whole:
             cut = self.cuts[node]
             with self.module.graph.inserting_after(node):
-                new = self.module.graph.get_attr(str(node.target))
+                if node.op == "placeholder":
+                    new = self.module.graph.placeholder(node.name)
+                else:
+                    new = self.module.graph.get_attr(str(node.target))
             shape = list(value_of(node).shape)
             shape[cut.axis] = cut.new_size
             held = value_of(node)
@@ -236,6 +247,9 @@ class _Parameters:
             result.notes.append(f"parameter {node.target} keeps its size; its merged KV heads are averaged in place")
         for node, new in self._whole.items():
             plan = plans[node]
+            if node.op == "placeholder":
+                self._replace_input(node, new)
+                continue
             if node not in alive:
                 holders.replace(attribute(self.module, node.target), plan)
                 continue
@@ -253,13 +267,31 @@ class _Parameters:
             if any(len(b.replaces) > 1 for b in plan.blocks):
                 holders.replace(attribute(self.module, node.target), plans[node])
             result.notes.append(f"parameter {node.target} is also read whole; its heads are selected in the graph")
-        result.parameters = (*plans.values(), *self.ties.values())
+        result.parameters = (*(p for n, p in plans.items() if n.op != "placeholder"), *self.ties.values())
+        result.inputs = tuple(p for n, p in plans.items() if n.op == "placeholder")
+        smaller: dict[tuple[int, int], list[str]] = {}
+        for p in result.inputs:
+            smaller.setdefault(p.size, []).append(p.name)
+        for (before, after), names in smaller.items():
+            if before != after:
+                text = f"KV caches among the inputs hold {after} heads instead of {before}: {', '.join(names)}"
+                result.notes.append(text)
+
+    def _replace_input(self, node: fx.Node, new: fx.Node) -> None:
+        """Let the smaller input ``new`` take the place and the name of ``node``."""
+        readers = [user.name for user in node.users]
+        if readers:
+            by = ", ".join(readers)
+            raise Refused(f"input {node.name} is also read as a whole by {by}", node, kind="cache input")
+        self.module.graph.erase_node(node)
+        new.name, new.target = node.name, node.target
+        new.meta = {**node.meta, **new.meta}
 
     def drop_whole(self, uses: Sequence[LeafUse], result: Rewritten) -> None:
         """Remove parameters of heads that are gone and had them for themselves."""
         alive = {str(n.target) for n in self.module.graph.nodes if n.op == "get_attr"}
         gone: list[ParameterPlan] = []
-        for use in uses:
+        for use in (u for u in uses if u.node.op == "get_attr"):
             name, count = str(use.node.target), shape_of(use.node)[0] if shape_of(use.node) else 0
             if name not in alive and not any(p.name == name for p in gone):
                 gone.append(ParameterPlan(name, 0, (count, 0), (), (), (f"0:{count}",)))
@@ -321,10 +353,12 @@ class _Builder:
                     both,
                     kind="shared weights",
                 )
-        for node in self.site.carried_outputs:
-            if len(varying(self.site.labels[CORE, node])) > 1:
+        for role, node in self.site.carried_outputs:
+            if len(varying(self.site.labels[role, node])) > 1:
                 raise Refused("an output of the model has heads along several dimensions", node, kind="layout")
-            self.build(CORE, node)
+            self.build(role, node)
+        for role, node in self.site.written:
+            self.build(role, node)
 
     def _output_projections(self) -> list[fx.Node]:
         labels = self.site.labels
@@ -348,11 +382,11 @@ class _Builder:
         for node, new in self.projections.items():
             node.replace_all_uses_with(new)
             names = (node.name, new.name)
-        for node in self.site.carried_outputs:
+        for role, node in self.site.carried_outputs:
             output = next(iter(reversed(self.graph.nodes)))
-            labels = self.site.labels[CORE, node]
+            labels = self.site.labels[role, node]
             dims = varying(labels)
-            entries = self.layout.kept_entries(labels.reshape(-1), CORE) if dims else []
+            entries = self.layout.kept_entries(labels.reshape(-1), role) if dims else []
             flat = output.args[0] if isinstance(output.args[0], list | tuple) else output.args
             places = [position for position, entry in enumerate(flat) if entry is node]
             for position in places:
@@ -360,12 +394,16 @@ class _Builder:
                     result.carried[position] = (dims[0], entries)
                 elif self.site.inexact:
                     result.inexact_outputs.add(position)
-            output.replace_input_with(node, self.built[CORE, node])
+            output.replace_input_with(node, self.built[role, node])
             if not dims:
                 numbers = " and ".join(map(str, places))
                 result.notes.append(f"output {numbers} of the model ({node.name}) is taken over the kept heads only")
                 continue
-            result.notes.append(f"output {node.name} of the model carries heads: it now has {self.layout.wide} of them")
+            heads, before = self.layout.heads_of(role), self.site.heads if role == CORE else self.site.kv_heads
+            if heads != before:
+                what = "heads" if role == CORE else "KV heads"
+                changes = result.smaller_outputs.setdefault(f"{what} of an output, {heads} instead of {before}", [])
+                changes.append(node.name)
         built = (self.built.get((CORE, c.value)) for c in self.site.cores)
         return names, tuple(n.name for n in built if n is not None)
 
@@ -394,6 +432,8 @@ class _Builder:
 
     def _build(self, role: str, node: fx.Node) -> fx.Node:
         site = self.site
+        if (role, node) in site.joined:
+            return self.build(*site.joined[role, node])
         if (role, node) in self.uses:
             if self.uses[role, node].whole:
                 return node
@@ -582,6 +622,11 @@ class _Builder:
         labels = self.site.labels[role, node]
         dim = varying(labels)[0]
         line = labels.reshape(-1)
+        if node.op == "placeholder" and role in ("k", "v"):
+            if self.layout.plan.hkv != self.site.kv_heads:
+                raise Refused(f"{role} comes from an input that must keep its shape", node, kind="cache input")
+            if self.layout.kept_entries(line, role) == list(range(line.numel())):
+                return node
         following = node.next
         if isinstance(value_of(node).shape[dim], int):
             index = self.parameters.constant(torch.tensor(self.layout.kept_entries(line, role)), node)

@@ -91,8 +91,8 @@ class Core:
 
 @dataclass(frozen=True)
 class LeafUse:
-    """A parameter (or constant) whose elements along ``axis`` belong to heads, under one role. Without an axis the
-    parameter belongs to one head as a whole."""
+    """A parameter (or constant, or a cache that is an input) whose elements along ``axis`` belong to heads, under one
+    role. Without an axis the parameter belongs to one head as a whole."""
 
     node: fx.Node
     role: str
@@ -136,7 +136,12 @@ class Site:
     untied: dict[str, str] = field(default_factory=dict)
     """Roles whose KV heads can be selected but not merged, and why."""
     projections: list[fx.Node] = field(default_factory=list)
-    carried_outputs: list[fx.Node] = field(default_factory=list)
+    carried_outputs: list[tuple[str, fx.Node]] = field(default_factory=list)
+    """Outputs of the model that carry heads, each with the role it has them under."""
+    written: list[tuple[str, fx.Node]] = field(default_factory=list)
+    """``copy_`` nodes that write keys or values into a cache."""
+    joined: dict[tuple[str, fx.Node], tuple[str, fx.Node]] = field(default_factory=dict)
+    """Values that leave the graph joined to keys (or keys to values): what they are under their own role."""
     narrowed: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     """Reductions over all heads that only become outputs of the model, with their operand."""
     inexact: list[tuple[fx.Node, str]] = field(default_factory=list)

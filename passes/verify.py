@@ -17,11 +17,11 @@ from torch import Tensor, fx
 
 from sqa_fx.errors import VerifyError
 from sqa_fx.passes.attention_in_rows import in_rows
-from sqa_fx.passes.evaluate import size_at, size_hints
 from sqa_fx.passes.graph import attribute
-from sqa_fx.passes.hints import value_of
 from sqa_fx.passes.locate import named, place
-from sqa_fx.passes.parameters import mean
+from sqa_fx.passes.ops import op_name
+from sqa_fx.passes.other_sizes import other_inputs
+from sqa_fx.passes.parameters import cut_tensor, mean
 from sqa_fx.plan import ParameterPlan, Plan, from_ranges
 
 Precision = Literal["float64", "native"]
@@ -33,6 +33,10 @@ _WIDER = {
 }
 # Largest |difference| over the largest |value| that still counts as equal: both sides round differently, nothing more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class OriginalFails(Exception):
+    """The original graph itself does not run: in float64, or at other sizes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Proof:
     sites: tuple[SiteProof, ...] = ()
     shapes: int = 1
     """At how many sets of input sizes the graphs were compared."""
+    sizes: tuple[str, ...] = ()
+    """What these sets were, besides the example inputs."""
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +71,7 @@ class Proof:
             "tolerance": self.tolerance,
             "error": self.error,
             "shapes": self.shapes,
+            "sizes": list(self.sizes),
             "sites": [{"name": s.name, "error": s.error, "silent": s.silent, "exact": s.exact} for s in self.sites],
             "notes": list(self.notes),
         }
@@ -75,7 +82,7 @@ def worst(first: Proof | None, second: Proof) -> Proof:
     if first is None:
         return second
     sites = tuple(
-        SiteProof(a.name, max(a.error, b.error), a.silent and b.silent)
+        replace(a, error=max(a.error, b.error), silent=a.silent and b.silent)
         for a, b in zip(first.sites, second.sites, strict=True)
     )
     return replace(
@@ -83,6 +90,7 @@ def worst(first: Proof | None, second: Proof) -> Proof:
         error=max(first.error, second.error),
         sites=sites,
         shapes=first.shapes + second.shapes,
+        sizes=tuple(dict.fromkeys((*first.sizes, *second.sizes))),
         notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
     )
 
@@ -116,6 +124,7 @@ class _Run(fx.Interpreter):
         super().__init__(module)
         self.weights, self.wide, self.watched = weights, wide, watched
         self.seen: dict[str, Tensor] = {}
+        self.written: dict[str, Tensor] = {}
         self.replaced: Mapping[str, Tensor] = {}
         self.narrowed: Mapping[str, tuple[str, int, Sequence[int]]] = {}
 
@@ -137,6 +146,8 @@ class _Run(fx.Interpreter):
         result = super().run_node(n)
         if n.name in self.watched and isinstance(result, Tensor):
             self.seen[n.name] = result
+        if _is_write(n):
+            self.written[str(n.args[0].target)] = result  # type: ignore[union-attr]
         return self.replaced.get(n.name, result)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -165,6 +176,55 @@ class _Run(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def verify(
+    comparison: Comparison, args: Sequence[Any], kwargs: Mapping[str, Any], precision: Precision = "float64"
+) -> Proof:
+    """Compare the rewritten graph with the original one under masked weights, at the example sizes and at others.
+
+    Raises VerifyError naming the first site that differs. In float64 both graphs run upcast, so that rounding cannot
+    hide or fake a difference; a graph that cannot (an op without float64) runs in its own dtype, and the proof says so.
+    Behind a site in ``comparison.inexact`` the rewritten graph goes on with the oracle's value, so that everything
+    after it is still proved.
+    """
+    inputs = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
+    notes: list[str] = []
+    if precision == "float64":
+        try:
+            proof = comparison.run(inputs, True, notes)
+            return _prove_other_sizes(comparison, proof, inputs)
+        except OriginalFails as error:
+            notes.append(f"the graph does not run in float64 ({error}), so its own dtype was used")
+    return comparison.run(inputs, False, notes)
+
+
+def _prove_other_sizes(comparison: Comparison, proof: Proof, inputs: Sequence[Any]) -> Proof:
+    """Prove again at other sizes, so that nothing can hang on those of the example. Where the original itself does not
+    run at a set of sizes (an image of one pixel), the proof says so."""
+    left_out = []
+    for name, forms in other_inputs(comparison.original.graph, inputs):
+        for form in forms:
+            try:
+                second = comparison.run(form, True, [])
+            except OriginalFails:
+                continue
+            except VerifyError as error:
+                raise VerifyError(f"at other input sizes ({name}): {error}") from error
+            proof = worst(proof, replace(second, sizes=(name,)))
+            break
+        else:
+            left_out.append(name)
+    if left_out:
+        note = f"the original does not run at other input sizes ({'; '.join(left_out)}), so these were not compared"
+        proof = replace(proof, notes=(*proof.notes, note))
+    return proof
+
+
+def _is_write(node: fx.Node) -> bool:
+    """True for a ``copy_`` into a buffer or an input of the model."""
+    target = node.args[0] if node.args else None
+    return op_name(node) == "copy_" and isinstance(target, fx.Node) and target.op in ("get_attr", "placeholder")
+
+
 @dataclass(frozen=True)
 class Inexact:
     """What cannot agree with the oracle, because the user allowed it: sites with the reason, and positions of outputs
@@ -177,120 +237,52 @@ class Inexact:
     The oracle takes them over the kept heads too."""
 
 
-def verify(
-    original: fx.GraphModule,
-    rewritten: fx.GraphModule,
-    plan: Plan,
-    outputs: Mapping[str, tuple[str, str]],
-    carried: Mapping[int, tuple[int, list[int]]],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    precision: Precision = "float64",
-    inexact: Inexact | None = None,
-) -> Proof:
-    """Compare ``rewritten`` with ``original`` under masked weights, at the example sizes and at others.
-
-    ``outputs`` maps each site to the nodes that make its output in the two graphs. Raises VerifyError naming the
-    first site that differs. In float64 both graphs run upcast, so that rounding cannot hide or fake a difference; a
-    graph that cannot (an op without float64) runs in its own dtype, and the proof says so. Behind a site in
-    ``inexact`` the rewritten graph goes on with the oracle's value, so that everything after it is still proved.
-    """
-    weights = masked_weights(original, plan)
-    inputs = pytree.tree_leaves((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
-    notes: list[str] = []
-    comparison = _Comparison(original, rewritten, weights, outputs, carried, inexact or Inexact())
-    if precision == "float64":
-        try:
-            proof = comparison.run(inputs, True, notes)
-            return _prove_other_sizes(comparison, proof, inputs)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            notes.append(
-                f"the graph does not run in float64 ({str(error).splitlines()[0][:160]}), so its own dtype was used"
-            )
-    return comparison.run(inputs, False, notes)
-
-
-def _prove_other_sizes(comparison: _Comparison, proof: Proof, inputs: Sequence[Any]) -> Proof:
-    """Prove again with every free size one larger (or smaller), so that nothing can hang on the example sizes."""
-    for step in (1, -1):
-        other = _other_inputs(comparison.original.graph, inputs, step)
-        if other is None:
-            continue
-        try:
-            with torch.no_grad():
-                _Run(comparison.original, comparison.weights, True, set()).run(
-                    *_fresh(other), enable_io_processing=False
-                )
-        except (RuntimeError, TypeError, IndexError, ValueError, ZeroDivisionError):
-            continue
-        second = comparison.run(other, True, [])
-        worse = tuple(replace(a, error=max(a.error, b.error)) for a, b in zip(proof.sites, second.sites, strict=True))
-        return replace(proof, error=max(proof.error, second.error), sites=worse, shapes=2)
-    return proof
-
-
-def _other_inputs(graph: fx.Graph, inputs: Sequence[Any], step: int) -> list[Any] | None:
-    """The inputs with every free size changed by ``step``, rows repeated for more; None when no size is free."""
-    sizes = {symbol: size + step for symbol, size in size_hints(graph).items()}
-    if not sizes or any(size < 2 for size in sizes.values()):
-        return None
-    result = []
-    holders = [n for n in graph.nodes if n.op == "placeholder"]
-    for holder, given in zip(holders, inputs, strict=True):
-        value = value_of(holder)
-        if isinstance(given, Tensor) and isinstance(value, Tensor):
-            for dim, size in enumerate(value.shape):
-                if type(size) is not int:
-                    wanted = size_at(size, sizes)
-                    if wanted <= 0 or given.shape[dim] == 0:
-                        return None
-                    given = _resized(given, dim, wanted)
-        elif isinstance(value, torch.SymInt):
-            given = size_at(value, sizes)
-        result.append(given)
-    return result
-
-
-def _resized(given: Tensor, dim: int, wanted: int) -> Tensor:
-    """``given`` with ``wanted`` entries along ``dim``: repeated ones, moved a little where they are plain numbers,
-    since exact ties make a choice (top-k) a matter of rounding."""
-    rows = torch.arange(wanted, device=given.device) % given.shape[dim]
-    result = given.index_select(dim, rows)
-    extra = wanted - given.shape[dim]
-    values = given.unique()
-    if extra > 0 and len(values) > 2 and bool(given.isfinite().all()):
-        new = result.narrow(dim, given.shape[dim], extra)
-        random = torch.Generator().manual_seed(0)
-        if given.is_floating_point():
-            new.add_(torch.randn(new.shape, generator=random).to(new) * given.std() * 0.1)
-        else:
-            new.copy_(values[torch.randint(len(values), new.shape, generator=random).to(values.device)])
-    return result
-
-
 @dataclass(frozen=True)
-class _Comparison:
-    """The two graphs, the oracle's weights, and what corresponds to what."""
+class Comparison:
+    """An original graph and its rewritten form, and what corresponds to what.
+
+    ``outputs`` maps each site to the nodes that make its output in the two graphs. ``carried`` tells, for each graph
+    output that carries heads, the dimension and the original entries that stay; ``plan.inputs`` tells it of inputs.
+    """
 
     original: fx.GraphModule
     rewritten: fx.GraphModule
-    weights: Mapping[str, Tensor]
+    plan: Plan
     outputs: Mapping[str, tuple[str, str]]
     carried: Mapping[int, tuple[int, list[int]]]
-    inexact: Inexact
+    inexact: Inexact = field(default_factory=Inexact)
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights that differ from the graphs' own: the masked ones, and for both graphs random contents of the
+        caches that are buffers of the model (zeros would prove nothing)."""
+        masked = masked_weights(self.original, self.plan)
+        written = {str(n.args[0].target) for n in self.original.graph.nodes if _is_write(n)}
+        filled: dict[str, Tensor] = {}
+        for entry in self.plan.parameters:
+            held = attribute(self.original, entry.name)
+            if entry.name in written and held.is_floating_point():
+                content = torch.randn(held.shape, generator=torch.Generator().manual_seed(0)).to(held)
+                masked[entry.name], filled[entry.name] = masked_tensor(content, entry), cut_tensor(content, entry)
+        return masked, filled
 
     def run(self, inputs: Sequence[Any], wide: bool, notes: list[str]) -> Proof:
-        """Compare at one set of inputs. Raises VerifyError when the graphs differ."""
-        left = _Run(self.original, self.weights, wide, {a for a, _ in self.outputs.values()})
+        """Compare at one set of inputs. Raises VerifyError when the graphs differ, OriginalFails when there
+        is nothing to compare with."""
+        masked, filled = self.weights()
+        left = _Run(self.original, masked, wide, {a for a, _ in self.outputs.values()})
         left.narrowed = self.inexact.narrowed
-        right = _Run(self.rewritten, {}, wide, {b for _, b in self.outputs.values()})
+        right = _Run(self.rewritten, filled, wide, {b for _, b in self.outputs.values()})
+        whole, smaller = self.caches(inputs)
         with torch.no_grad():
             state = torch.random.get_rng_state()
-            expected = pytree.tree_leaves(left.run(*_fresh(inputs), enable_io_processing=False))
+            try:
+                expected = pytree.tree_leaves(left.run(*_fresh(whole), enable_io_processing=False))
+            except Exception as error:  # whatever it is, it is the model's own affair
+                raise OriginalFails((str(error).splitlines() or [type(error).__name__])[0][:160]) from error
             torch.random.set_rng_state(state)
             right.replaced = {self.outputs[s][1]: left.seen[self.outputs[s][0]] for s in self.inexact.sites}
             try:
-                actual = pytree.tree_leaves(right.run(*_fresh(inputs), enable_io_processing=False))
+                actual = pytree.tree_leaves(right.run(*_fresh(smaller), enable_io_processing=False))
             except (RuntimeError, TypeError, IndexError) as error:
                 raise VerifyError(f"the rewritten graph does not run: {str(error).splitlines()[0]}") from error
         dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
@@ -313,10 +305,15 @@ class _Comparison:
                     dim, entries = self.carried[position]
                     e = e.index_select(dim, torch.tensor(entries, device=e.device))
                 worst = max(worst, distance(e, r))
+        cuts = {p.name: p for p in (*self.plan.parameters, *self.plan.inputs)}
+        for name, e in left.written.items():
+            r = right.written.get(name)
+            cut = cut_tensor(e, cuts[name]) if name in cuts else e
+            worst = max(worst, distance(cut, r) if r is not None else float("inf"))
         if not worst <= tolerance:
             raise VerifyError(
-                f"every site agrees with the masked original, but the outputs differ: relative error {worst:.3g}, "
-                f"tolerance {tolerance:.3g}"
+                "every site agrees with the masked original, but the outputs (or what is written into caches) differ: "
+                f"relative error {worst:.3g}, tolerance {tolerance:.3g}"
             )
         silent_sites = [p.name for p in proofs if p.silent]
         if silent_sites:
@@ -329,6 +326,18 @@ class _Comparison:
             if not p.exact
         )
         return Proof(precision, tolerance, worst, tuple(proofs), notes=tuple(notes))
+
+    def caches(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The inputs for both graphs: in caches, the oracle's merged heads are equal, and the rewritten graph gets
+        them once."""
+        plans = {p.name: p for p in self.plan.inputs}
+        names = [str(n.target) for n in self.original.graph.find_nodes(op="placeholder")]
+        whole, smaller = list(inputs), list(inputs)
+        for i, name in enumerate(names):
+            if name in plans:
+                whole[i] = masked_tensor(inputs[i].detach(), plans[name])
+                smaller[i] = cut_tensor(whole[i], plans[name])
+        return whole, smaller
 
     def _judge_sites(self, proofs: Sequence[SiteProof], tolerance: float, precision: str) -> None:
         bad = next((p for p in proofs if p.exact and not p.error <= tolerance), None)

@@ -5,6 +5,7 @@ from sqa_fx.backend import backend
 from sqa_fx.compiled_plans import compiled_graphs, last_plan
 from sqa_fx.errors import SqaError
 from sqa_fx.export import export
+from sqa_fx.generation import convert_for_generation
 from sqa_fx.module import ConvertedModule, load
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "compiled_graphs",
     "convert",
+    "convert_for_generation",
     "export",
     "inspect",
     "last_plan",

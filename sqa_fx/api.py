@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
-from sqa_fx.convert_graph import NothingRewritten, convert_graph, graph_report, parameter_count
+from sqa_fx.convert_graph import NothingRewritten, convert_graph, cut_inputs, graph_report, parameter_count
 from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
@@ -160,12 +160,13 @@ def _convert_captured(
     """Rewrite and prove one graph, on its example inputs and on ``calls``."""
     plan, report = convert_graph(captured, analysis, plans, given, verify, timings, calls)
     _own_tensors(captured.graph_module)
+    args, kwargs = cut_inputs(captured.graph_module.graph, plan, captured.args, captured.kwargs)
     return ConvertedModule(
         captured.graph_module,
         plan=plan,
         report=report,
-        args=captured.args,
-        kwargs=captured.kwargs,
+        args=args,
+        kwargs=kwargs,
         dynamic_shapes=captured.dynamic_shapes,
         training=captured.training,
         signature=captured.signature,

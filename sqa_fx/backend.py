@@ -120,7 +120,7 @@ def _convert(
     normalise(graph.module)
     values = [hint(v) if isinstance(v, torch.SymInt | torch.SymFloat) else v for v in graph.inputs]
     learn_data_sizes(graph.module, values, {})
-    analysis = timings.timed("find", lambda: find_sites(graph.module, options.allow_inexact))
+    analysis = timings.timed("find", lambda: find_sites(graph.module, options.allow_inexact, fixed_caches=True))
     _refuse_carried(analysis)
     for refusal in analysis.refusals:
         log.warning("%s left as it is: %s; to convert: %s", refusal.name, refusal.reason, refusal.advice)
@@ -193,7 +193,7 @@ def _refuse_carried(analysis: Analysis) -> None:
     """Refuse sites that would change the shape of an output: the caller of a compiled graph expects the old one."""
     for site in list(analysis.sites):
         if site.carried_outputs:
-            node = site.carried_outputs[0]
+            _, node = site.carried_outputs[0]
             reason = Refused("an output of the compiled graph carries its heads", node, kind="compiled output")
             analysis.refusals.append(reason.refusal(site.name, site.core.anchor, site.place, site.heads))
             analysis.sites.remove(site)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from sqa_fx.errors import PlanError
@@ -13,11 +15,12 @@ from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.locate import named, nodes_at
 from sqa_fx.passes.ops import argument, op_name
+from sqa_fx.passes.parameters import cut_tensor
 from sqa_fx.passes.pipeline import Analysis, Timings, run_passes
 from sqa_fx.passes.record import Call
 from sqa_fx.passes.rewrite import Rewritten
 from sqa_fx.passes.site import Refusal, Site
-from sqa_fx.passes.verify import Inexact, Precision, Proof, worst
+from sqa_fx.passes.verify import Comparison, Inexact, Precision, Proof, worst
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
@@ -58,32 +61,42 @@ def convert_graph(
     converted = {name: entry for name, entry in plans.items() if name not in {r.name for r in done.refused}}
     if not converted:
         raise NothingRewritten(done.refused)
-    made = Plan(tuple(converted.values()), done.parameters)
-    if given is not None and given.parameters and not given.same_cuts(made):
-        raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
+    made = Plan(tuple(converted.values()), done.parameters, done.inputs)
+    if given is not None and given.parameters:
+        read = {str(n.target) for n in captured.graph_module.graph.find_nodes(op="get_attr")}
+        if not given.covers(made, read):
+            raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
     proof = None
     if verify:
         precision: Precision = verify if isinstance(verify, str) else "float64"
         inexact = Inexact(done.inexact, frozenset(done.inexact_outputs), done.narrowed)
+        comparison = Comparison(original, captured.graph_module, made, done.outputs, done.carried, inexact)
         for call in (Call(captured.args, captured.kwargs), *calls):
             proof = timings.timed(
                 "verify",
                 lambda call=call, first=proof: worst(  # type: ignore[misc]
-                    first,
-                    prove(
-                        original,
-                        captured.graph_module,
-                        made,
-                        done.outputs,
-                        done.carried,
-                        call.args,
-                        call.kwargs,
-                        precision,
-                        inexact,
-                    ),
+                    first, prove(comparison, call.args, call.kwargs, precision)
                 ),
             )
     return made, graph_report(captured, analysis, converted, done, proof, before, timings)
+
+
+def cut_inputs(
+    graph: fx.Graph, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of the original graph as the rewritten one takes them: caches hold the keys and values of the heads
+    that stay."""
+    plans = {p.name: p for p in plan.inputs}
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    names = [str(n.target) for n in graph.find_nodes(op="placeholder")]
+    cut = [
+        cut_tensor(leaf.detach(), plans[name]) if name in plans else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    if not plans:
+        return args, dict(kwargs)
+    made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(cut, spec)
+    return made
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -106,7 +119,7 @@ def graph_report(
     dynamic, static = dynamic_sizes(captured.graph_module)
     fixed = (
         [f"the rewrite fixed sizes: {', '.join(captured.dynamic)} were free before"]
-        if dynamic != captured.dynamic
+        if len(dynamic) != len(captured.dynamic) or sum(map(_free, dynamic)) != sum(map(_free, captured.dynamic))
         else []
     )
     report = Report(
@@ -130,6 +143,11 @@ def graph_report(
     if proof is not None:
         report.notes.extend(proof.notes)
     return report
+
+
+def _free(entry: str) -> int:
+    """How many sizes of "name[sizes]" are free."""
+    return sum(not size.strip().isdigit() for size in entry.partition("[")[2].rstrip("]").split(","))
 
 
 def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str, str]:

@@ -12,7 +12,8 @@ Schema (version 1)::
      "parameters": [
        {"name": "encoder.layer.0.attention.query.weight", "axis": 0, "size": [384, 192], "sites": [...],
         "blocks": [{"role": "q", "head": 0, "to": ["0:32"], "from": [["0:32"]], "replaces": [["0:32"]]}, ...],
-        "dropped": ["32:64", ...]}]}
+        "dropped": ["32:64", ...]}],
+     "inputs": [...]}                                     # caches among the inputs, cut in the same way
 
 Head numbers are the model's own (order along the head axis of its attention). Query head ``i`` of the result reads KV
 head ``i * hkv // hq`` (for hq < hkv, KV head ``j`` is read by query head ``j * hq // hkv``).
@@ -30,7 +31,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ class Plan:
 
     sites: tuple[SitePlan, ...]
     parameters: tuple[ParameterPlan, ...] = field(default=())
+    inputs: tuple[ParameterPlan, ...] = field(default=())
+    """Inputs of the graph that hold keys or values (caches), by the graph's name for them."""
 
     def site(self, name: str) -> SitePlan | None:
         """The plan of site ``name``, or None."""
@@ -139,26 +142,20 @@ class Plan:
         """True when both plans cut the same parameters in the same way, in whatever order."""
         return {p.name: p for p in self.parameters} == {p.name: p for p in other.parameters}
 
+    def covers(self, other: Plan, read: Collection[str]) -> bool:
+        """True when this plan cuts every parameter that ``other`` cuts in the same way, and none besides of those that
+        a graph ``read``s: another graph of the same model (a decoding step) may read fewer parameters."""
+        mine, cuts = ({p.name: p for p in plan.parameters} for plan in (self, other))
+        return all(mine.get(name) == cut for name, cut in cuts.items()) and not (set(mine) - set(cuts)) & set(read)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
-        parameters = []
-        for p in self.parameters:
-            blocks = [
-                {
-                    "role": b.role,
-                    "head": b.head,
-                    "to": list(b.to),
-                    "from": [list(s) for s in b.sources],
-                    "replaces": [list(s) for s in b.replaces],
-                }
-                for b in p.blocks
-            ]
-            parameters.append(
-                {"name": p.name, "axis": p.axis, "size": list(p.size), "sites": list(p.sites), "blocks": blocks,
-                 "dropped": list(p.dropped)}
-            )  # fmt: skip
         sites = [json.loads(json.dumps(asdict(s))) for s in self.sites]
-        return {"format": FORMAT, "version": VERSION, "sites": sites, "parameters": parameters}
+        cuts = {name: [_cut_json(p) for p in own] for name, own in self._cuts().items()}
+        return {"format": FORMAT, "version": VERSION, "sites": sites, **cuts}
+
+    def _cuts(self) -> dict[str, tuple[ParameterPlan, ...]]:
+        return {"parameters": self.parameters, **({"inputs": self.inputs} if self.inputs else {})}
 
     @staticmethod
     def from_json(data: Any) -> Plan:
@@ -170,9 +167,10 @@ class Plan:
         try:
             sites = tuple(_site(entry) for entry in data["sites"])
             parameters = tuple(_parameter(entry) for entry in data["parameters"])
+            inputs = tuple(_parameter(entry) for entry in data.get("inputs", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__}: {error}") from error
-        return Plan(sites, parameters)
+        return Plan(sites, parameters, inputs)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the plan as JSON. Raises InputError when ``path`` exists (unless ``overwrite``) or cannot be
@@ -206,6 +204,21 @@ class Plan:
         except json.JSONDecodeError as error:
             raise PlanError(f"{path} is not JSON (truncated?): {error}") from error
         return Plan.from_json(data)
+
+
+def _cut_json(cut: ParameterPlan) -> dict[str, Any]:
+    blocks = [
+        {
+            "role": b.role,
+            "head": b.head,
+            "to": list(b.to),
+            "from": [list(s) for s in b.sources],
+            "replaces": [list(s) for s in b.replaces],
+        }
+        for b in cut.blocks
+    ]
+    return {"name": cut.name, "axis": cut.axis, "size": list(cut.size), "sites": list(cut.sites), "blocks": blocks,
+            "dropped": list(cut.dropped)}  # fmt: skip
 
 
 def _ints(values: Any) -> tuple[int, ...]:

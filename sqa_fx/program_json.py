@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sqa_fx.errors import InputError, MissingError
+from sqa_fx.passes.capture_ways import is_cache_class, register_class
 
 # Sizes are made of symbols (s0, u12, s77) and of what torch prints size expressions with: sympy's repr, or plain infix.
 _SYMBOL = re.compile(r"[a-z]{1,6}_?\d+")
@@ -43,6 +44,7 @@ _GRAD_SWITCH = frozenset({"torch._C._set_grad_enabled", "torch.amp.autocast_mode
 _DEFAULT_FACTORIES = frozenset({"list", "dict", "int", "float", "set", "tuple"})
 # Libraries whose modules register their own output types when they are imported.
 _TYPE_LIBRARIES = ("transformers", "diffusers")
+_PLAIN_CLASSES = ("builtins:tuple", "builtins:set", "builtins:frozenset", "collections:OrderedDict")
 
 
 def check_program_json(program: object, where: str) -> None:
@@ -131,22 +133,47 @@ def _check_treespec(text: str, where: str) -> None:
                     factory["default_factory_name"] not in _DEFAULT_FACTORIES
                 ):
                     raise InputError(f"{where}: a defaultdict names code to import")
+            _check_classes(json.loads(context) if isinstance(context, str) else context, where)
             _require_type(name, where)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: the structure of inputs or outputs cannot be read") from error
+
+
+def _check_classes(context: Any, where: str) -> None:
+    """Refuse a context (of a KV cache) that names a class other than those of caches and their layers: it would be
+    called when inputs or outputs are put together."""
+    if isinstance(context, list):
+        for entry in context:
+            _check_classes(entry, where)
+    elif isinstance(context, dict):
+        path = context.get("p")
+        if isinstance(path, str) and "_t" in context and path not in _PLAIN_CLASSES:
+            cls = _library_class(path, where)
+            if not (isinstance(cls, type) and (cls.__module__.endswith("cache_utils") or is_cache_class(cls))):
+                raise InputError(f"{where}: the structure of inputs or outputs names {path!r}, which is no KV cache")
+        for entry in context.values():
+            _check_classes(entry, where)
+
+
+def _library_class(name: str, where: str) -> Any:
+    """What ``name`` ("module:Class" or "module.Class") is in one of the libraries of known types; None elsewhere."""
+    module, _, own = name.rpartition(":" if ":" in name else ".")
+    library = module.partition(".")[0]
+    if library not in _TYPE_LIBRARIES or not re.fullmatch(r"[\w.]+", module):
+        return None
+    try:
+        return getattr(importlib.import_module(module), own, None)
+    except ImportError as error:
+        raise MissingError(f"{where} uses {name}: pip install {library}") from error
 
 
 def _require_type(name: str, where: str) -> None:
     """Make sure that pytree knows the container type ``name``; the libraries of known types are imported for it."""
     if name in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         return
-    module = name.rpartition(".")[0]
-    if module.partition(".")[0] in _TYPE_LIBRARIES and re.fullmatch(r"[\w.]+", module):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            library = module.partition(".")[0]
-            raise MissingError(f"{where} uses {name}: pip install {library}") from error
+    cls = _library_class(name, where)
+    if isinstance(cls, type) and is_cache_class(cls):
+        register_class(cls)
     if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
         raise MissingError(
             f"{where} takes or returns {name}, which is not registered with torch.utils._pytree here; "

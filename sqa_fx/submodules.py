@@ -179,7 +179,7 @@ class _Search:
             "auto" if self.dynamic else None,
             free=lambda tensor: dims.get(id(tensor), []),
         )
-        analysis = find_sites(captured.graph_module, self.allow_inexact)
+        analysis = find_sites(captured.graph_module, self.allow_inexact, fixed_caches=True)
         _rename(path, captured.graph_module, analysis)
         return Part(path, module, captured, analysis, _served(captured, calls, others))
 

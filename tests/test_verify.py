@@ -11,7 +11,7 @@ from sqa_fx.errors import VerifyError
 from sqa_fx.passes.capture import capture, clone_graph
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.pipeline import Timings, find_sites, make_plan, run_passes
-from sqa_fx.passes.verify import verify
+from sqa_fx.passes.verify import Comparison, verify
 from sqa_fx.plan import Plan
 
 HEADS, HEAD_DIM, WIDTH = 6, 5, 30
@@ -40,15 +40,9 @@ def _broken(parameter: str) -> None:
     done = run_passes(analysis, plans, Timings())
     with torch.no_grad():
         attribute(captured.graph_module, parameter)[0] += 0.01
-    verify(
-        original,
-        captured.graph_module,
-        Plan(tuple(plans.values()), done.parameters),
-        done.outputs,
-        done.carried,
-        captured.args,
-        captured.kwargs,
-    )
+    plan = Plan(tuple(plans.values()), done.parameters)
+    comparison = Comparison(original, captured.graph_module, plan, done.outputs, done.carried)
+    verify(comparison, captured.args, captured.kwargs)
 
 
 @pytest.mark.parametrize("parameter", ["1.q.weight", "1.k.bias", "1.v.weight", "1.o.weight"])
@@ -66,10 +60,11 @@ def test_the_first_of_two_wrong_sites_is_named() -> None:
         _broken("0.v.weight")
 
 
-def test_two_sets_of_sizes_are_proved() -> None:
+def test_other_sizes_are_proved() -> None:
     report = sqa_fx.convert(Block().eval(), hq=4, hkv=2, args=(torch.randn(3, 7, WIDTH),)).report
     assert report.proof is not None
-    assert report.proof["shapes"] == 2
+    assert report.proof["shapes"] == 5
+    assert report.proof["sizes"] == ["longer", "batch 1", "length 1", "batch 1, length 1"]
     assert report.proof["precision"] == "float64"
 
 
