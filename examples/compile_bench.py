@@ -1,11 +1,12 @@
 """torch.compile with backend "sqa_fx" beside the same architecture written by hand, and what the passes cost.
 
-    python examples/compile_bench.py [--tokens 1024x16 4096x4 32768x1] [--width 1024] [--layers 8] [--out STEM]
+    python examples/compile_bench.py [--tokens 1024x16 4096x4 32768x1] [--width 1024] [--layers 4] [--out STEM]
 
 For every size, in one process and in interleaved runs: the model as it is, the same model through the backend, the
 same model converted ahead of time, and an SQA model written by hand with as many heads, all under torch.compile
-(Inductor); inference (no gradients) and a training step (forward, backward, AdamW). Prints medians and ratios. Compile
-times are cold: Inductor's caches are off. Writes STEM.json and STEM.md.
+(Inductor); inference (no gradients), with and without CUDA graphs, and a training step (forward, backward, AdamW).
+Prints medians and ratios, and how far the compiled outputs are from the converted model's in eager. Compile times are
+cold: Inductor's caches are off. Writes STEM.json and STEM.md after every row, and stops after --budget seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 import sqa_fx
 
 HEAD_DIM = 64
+CASES = ["inference", "training step", "inference, CUDA graphs"]
 
 
 class Attention(nn.Module):
@@ -119,8 +122,9 @@ def timed_first_call(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(options: argparse.Namespace, batch: int, length: int, training: bool) -> dict[str, Any]:
+def measure(options: argparse.Namespace, batch: int, length: int, case: str) -> dict[str, Any]:
     """One size: times of the four models, compile times, and the share of the passes."""
+    training, mode = case == "training step", "reduce-overhead" if "CUDA graphs" in case else None
     device, dtype = options.device, getattr(torch, options.dtype)
     heads = options.width // HEAD_DIM
     hq, hkv = heads // 2, heads // 4
@@ -129,14 +133,14 @@ def measure(options: argparse.Namespace, batch: int, length: int, training: bool
     x = torch.randn(batch, length, options.width, device=device, dtype=dtype)
     base = Model(options.width, options.layers, heads, heads).to(device, dtype)
     own = Model(options.width, options.layers, hq, hkv).to(device, dtype)
-    small = torch.randn(1, 64, options.width, device=device, dtype=dtype)
+    small = torch.randn(2, 64, options.width, device=device, dtype=dtype)
     converted = sqa_fx.convert(base, hq=hq, hkv=hkv, args=(small,))
     request = {"hq": hq, "hkv": hkv, "on_refused": "raise"}
     models: dict[str, tuple[Any, list[nn.Parameter]]] = {
-        "original": (torch.compile(base), list(base.parameters())),
-        "hand-written SQA": (torch.compile(own), list(own.parameters())),
-        "converted ahead of time": (torch.compile(converted), list(converted.parameters())),
-        "backend sqa_fx": (torch.compile(base, backend="sqa_fx", options=request), list(base.parameters())),
+        "original": (torch.compile(base, mode=mode), list(base.parameters())),
+        "hand-written SQA": (torch.compile(own, mode=mode), list(own.parameters())),
+        "converted ahead of time": (torch.compile(converted, mode=mode), list(converted.parameters())),
+        "backend sqa_fx": (torch.compile(base, backend=sqa_fx.backend(**request, mode=mode)), list(base.parameters())),
     }
     calls: dict[str, Callable[[], Any]] = {}
     compile_seconds: dict[str, float] = {}
@@ -145,6 +149,7 @@ def measure(options: argparse.Namespace, batch: int, length: int, training: bool
             calls[name] = step_of(model, parameters, x) if training else functools.partial(model, x)
             compile_seconds[name] = timed_first_call(calls[name], device)
         graph = sqa_fx.compiled_graphs()[-1]
+        error = None if training else distance(calls["backend sqa_fx"](), converted(x))
         milliseconds = interleaved(calls, device, options.repeats)
     spent = {name: ms for name, ms in graph.report.milliseconds.items() if name != "capture"}
     passes = sum(ms for name, ms in spent.items() if name != "verify") / 1e3
@@ -152,7 +157,8 @@ def measure(options: argparse.Namespace, batch: int, length: int, training: bool
     return {
         "batch": batch,
         "length": length,
-        "case": "training step" if training else "inference",
+        "case": case,
+        "relative_error_of_backend": error,
         "heads": [heads, hq, hkv],
         "milliseconds": milliseconds,
         "backend_over_hand_written": milliseconds["hand-written SQA"] / milliseconds["backend sqa_fx"],
@@ -166,10 +172,17 @@ def measure(options: argparse.Namespace, batch: int, length: int, training: bool
     }
 
 
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of ``expected``."""
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    return float(difference)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     head = ["case", "tokens x batch", "original ms", "by hand ms", "ahead of time ms", "backend ms",
-            "backend / by hand", "ahead of time / by hand", "speed-up", "passes / compile", "with proof"]  # fmt: skip
+            "backend / by hand", "ahead of time / by hand", "speed-up", "passes / compile", "with proof",
+            "error"]  # fmt: skip
     body = []
     for row in rows:
         ms = row["milliseconds"]
@@ -178,6 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['backend_over_hand_written']:.3f}", f"{row['ahead_of_time_over_hand_written']:.3f}",
             f"{row['backend_over_original']:.2f}x", f"{row['passes_share_of_compile']:.1%}",
             f"{row['passes_and_proof_share_of_compile']:.1%}",
+            "" if row["relative_error_of_backend"] is None else f"{row['relative_error_of_backend']:.1e}",
         ])  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in body)])
@@ -188,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", default=["1024x16", "4096x4", "32768x1"], help="LENGTHxBATCH")
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is started")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -196,30 +212,43 @@ def main() -> None:
     options = parser.parse_args()
     torch._inductor.config.force_disable_caches = True
     torch.set_float32_matmul_precision("high")
-    # The first compilation of a process also imports the compiler.
-    torch.compile(nn.Linear(8, 8).to(options.device))(torch.randn(2, 8, device=options.device)).sum().backward()
-    rows = []
+    start = time.perf_counter()
+    # The first compilation of a process also imports the compilers, Inductor and the passes.
+    tiny, request = Model(128, 1, 2, 2).to(options.device), {"hq": 1, "hkv": 1, "on_refused": "raise"}
+    for first in (torch.compile(tiny), torch.compile(tiny, backend=sqa_fx.backend(**request))):
+        first(torch.randn(2, 16, 128, device=options.device)).sum().backward()
+    rows: list[dict[str, Any]] = []
     for size in options.tokens:
         length, batch = (int(n) for n in size.split("x"))
-        for training in (False, True):
-            rows.append(measure(options, batch, length, training))
-            print(json.dumps(rows[-1]), flush=True)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+        for case in options.cases:
+            if time.perf_counter() - start < options.budget:
+                rows.append(measure(options, batch, length, case))
+                print(json.dumps(rows[-1]), flush=True)
+                write(options, rows)
+    print(table(rows))
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What was measured so far, as JSON and Markdown."""
+    if options.out is None:
+        return
+    where = platform.processor() or platform.machine()
+    if options.device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        where = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().replace(",", " driver")
     about = {
         "device": where,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "dtype": options.dtype,
         "width": options.width,
         "layers": options.layers,
+        "head_dim": HEAD_DIM,
         "command": "python examples/compile_bench.py",
     }
-    print(table(rows))
-    if options.out is not None:
-        options.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        said = ", ".join(f"{k} {v}" for k, v in about.items())
-        options.out.with_suffix(".md").write_text(
-            f"# torch.compile with the sqa_fx backend\n\n{said}\n\n{table(rows)}\n"
-        )
+    options.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    said = ", ".join(f"{k} {v}" for k, v in about.items())
+    options.out.with_suffix(".md").write_text(f"# torch.compile with the sqa_fx backend\n\n{said}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

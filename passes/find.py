@@ -16,7 +16,7 @@ from sqa_fx.passes.ops import Aligned, Move, Opaque, argument, op_name, step
 from sqa_fx.passes.site import Core, Refusal, Refused, as_refused
 
 SDPA = "scaled_dot_product_attention"
-_SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
+SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
 # What turns scores into weights elsewhere: sigmoid attention, squared relu, a softmax written out, angles.
 _WEIGHINGS = {"exp", "exp2", "sigmoid", "relu", "acos", "softplus", "hardsigmoid", "relu6"}
 
@@ -76,7 +76,7 @@ def find_cores(facts: GraphFacts) -> Found:
     nodes = list(facts.module.graph.nodes)
     weighings = [n for n in nodes if op_name(n) in _WEIGHINGS]
     # What a softmax explains is not looked at again; queries made from parameters alone are the last resort.
-    anchors = [(n, True) for n in nodes if op_name(n) == SDPA or op_name(n) in _SOFTMAX]
+    anchors = [(n, True) for n in nodes if op_name(n) == SDPA or op_name(n) in SOFTMAX]
     for node, learned in [*anchors, *((n, False) for n in weighings), *((n, True) for n in weighings)]:
         try:
             core = _sdpa_core(node) if op_name(node) == SDPA else _weighed_core(facts, node, learned)

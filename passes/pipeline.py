@@ -18,7 +18,8 @@ from sqa_fx.passes.choose import check_fit, choose, weight_scores
 from sqa_fx.passes.find import GraphFacts, find_cores
 from sqa_fx.passes.locate import location, named, nodes_at
 from sqa_fx.passes.mixers import OtherMixer, other_mixers
-from sqa_fx.passes.rewrite import Rewritten, rewrite
+from sqa_fx.passes.rewrite import rewrite
+from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.simplify import simplify
 from sqa_fx.passes.site import Refusal, Refused, Site
 from sqa_fx.plan import Plan, SitePlan

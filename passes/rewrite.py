@@ -11,51 +11,30 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from sqa_fx.errors import PlanError
+from sqa_fx.passes.cut_nodes import CutNodes
 from sqa_fx.passes.demand import CORE
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
-from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
+from sqa_fx.passes.graph import drop_dead_code
 from sqa_fx.passes.hints import depends_on_data, hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import low, single, varying
 from sqa_fx.passes.layout import DROP, Layout, NewShape
 from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, set_argument, step
-from sqa_fx.passes.parameters import Cut, Tie, cut_tensor, in_place
-from sqa_fx.passes.propagate import FakeResults
+from sqa_fx.passes.parameters import Cut, Tie
 from sqa_fx.passes.resize import Resizer
+from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.site import Core, LeafUse, Refusal, Refused, Site
-from sqa_fx.plan import ParameterPlan, SitePlan, from_ranges
+from sqa_fx.plan import ParameterPlan, SitePlan
 
 # Where a node comes from, and whether the backward pass computes it again (activation checkpointing).
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
-
-
-@dataclass
-class Rewritten:
-    """What the rewrite did: parameter cuts, for each site the node that now makes its output, and notes."""
-
-    parameters: tuple[ParameterPlan, ...] = ()
-    outputs: dict[str, tuple[str, str]] = field(default_factory=dict)
-    cores: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
-    inputs: tuple[ParameterPlan, ...] = ()
-    """How inputs of the graph that hold keys or values (caches) are cut."""
-    carried: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
-    """For each graph output that carries heads: the dimension and the original entries that stay along it."""
-    smaller_outputs: dict[str, list[str]] = field(default_factory=dict)
-    """What outputs carry fewer of, and their nodes."""
-    inexact: dict[str, str] = field(default_factory=dict)
-    """Sites that cannot agree with the masked original, and why; the user allowed it."""
-    inexact_outputs: set[int] = field(default_factory=set)
-    narrowed: dict[str, tuple[str, int, list[int]]] = field(default_factory=dict)
-    """Reductions over heads that are reported only: the operand, its head dimension and the entries that stay."""
 
 
 def plan_parameters(sites: list[Site], plans: Mapping[str, SitePlan]) -> tuple[dict[fx.Node, Cut], list[Refusal]]:
@@ -119,7 +98,7 @@ def rewrite(facts: GraphFacts, sites: list[Site], plans: Mapping[str, SitePlan])
             for refusal in refused:
                 del wanted[refusal.name]
             continue
-        parameters = _Parameters(module, cuts, plan_ties(sites, wanted))
+        parameters = CutNodes(module, cuts, plan_ties(sites, wanted))
         builders = []
         for site in sites:
             if site.name in wanted:
@@ -175,156 +154,10 @@ def _outputs_shared_outside(builders: Sequence[_Builder], gone: Collection[str])
     return found
 
 
-class _Parameters:
-    """New get_attr nodes for cut parameters, made once and shared by all sites."""
-
-    def __init__(self, module: fx.GraphModule, cuts: dict[fx.Node, Cut], ties: dict[fx.Node, ParameterPlan]) -> None:
-        self.module, self.cuts, self.ties = module, cuts, ties
-        self._whole: dict[fx.Node, fx.Node] = {}
-        self._parts: dict[tuple[fx.Node, int], fx.Node] = {}
-        self._constants = 0
-        self.fakes = FakeResults(fake_mode_of(module.graph))
-
-    def whole(self, node: fx.Node) -> fx.Node:
-        """The get_attr node of the whole cut parameter."""
-        if node not in self._whole:
-            cut = self.cuts[node]
-            with self.module.graph.inserting_after(node):
-                if node.op == "placeholder":
-                    new = self.module.graph.placeholder(node.name)
-                else:
-                    new = self.module.graph.get_attr(str(node.target))
-            shape = list(value_of(node).shape)
-            shape[cut.axis] = cut.new_size
-            held = value_of(node)
-            fake = self.fakes.run(torch.empty, (shape,), {"dtype": held.dtype, "device": held.device})
-            new.meta = {"val": fake}
-            self._whole[node] = new
-        return self._whole[node]
-
-    def part(self, node: fx.Node, segment: int) -> fx.Node:
-        """The segment of a cut parameter that one role uses."""
-        cut = self.cuts[node]
-        whole = self.whole(node)
-        if len(cut.segments) == 1:
-            return whole
-        if (node, segment) not in self._parts:
-            start, length = cut.segments[segment]
-            with self.module.graph.inserting_after(whole):
-                new = self.module.graph.call_function(
-                    torch.ops.aten.slice.Tensor, (whole, cut.axis, start, start + length)
-                )
-            new.meta = {"val": self.fakes.run(torch.narrow, (value_of(whole), cut.axis, start, length), {})}
-            self._parts[node, segment] = new
-        return self._parts[node, segment]
-
-    def constant(self, tensor: torch.Tensor, beside: fx.Node) -> fx.Node:
-        """A new constant of the module, on the device of ``beside``."""
-        tensor = tensor.to(value_of(beside).device)
-        while hasattr(self.module, f"_sqa_constant_{self._constants}"):
-            self._constants += 1
-        name = f"_sqa_constant_{self._constants}"
-        self.module.register_buffer(name, tensor)
-        first = next(iter(self.module.graph.nodes))
-        with self.module.graph.inserting_before(first):
-            node = self.module.graph.get_attr(name)
-        node.meta = {"val": fake_mode_of(self.module.graph).from_tensor(tensor)}
-        return node
-
-    def finish(self, result: Rewritten) -> None:
-        """Cut the parameters; one that something else still reads whole stays whole and is cut in the graph."""
-        plans = {node: cut.plan() for node, cut in self.cuts.items()}
-        alive = set(self.module.graph.nodes)
-        holders = _Holders(self.module)
-        for node, plan in self.ties.items():
-            if node in plans:
-                raise Refused(
-                    f"parameter {node.target} would be cut for one role and kept whole for another",
-                    node,
-                    kind="shared weights",
-                )
-            holders.replace(attribute(self.module, node.target), plan)
-            result.notes.append(f"parameter {node.target} keeps its size; its merged KV heads are averaged in place")
-        for node, new in self._whole.items():
-            plan = plans[node]
-            if node.op == "placeholder":
-                self._replace_input(node, new)
-                continue
-            if node not in alive:
-                holders.replace(attribute(self.module, node.target), plan)
-                continue
-            order = [0] * plan.size[1]
-            for block in plan.blocks:
-                for to, source in zip(from_ranges(block.to), from_ranges(block.sources[0]), strict=True):
-                    order[to] = source
-            index = self.constant(torch.tensor(order), node)
-            with self.module.graph.inserting_before(new):
-                taken = self.module.graph.call_function(torch.ops.aten.index_select.default, (node, plan.axis, index))
-            taken.meta = dict(new.meta)
-            new.replace_all_uses_with(taken)
-            self.module.graph.erase_node(new)
-            plans[node] = in_place(plan)
-            if any(len(b.replaces) > 1 for b in plan.blocks):
-                holders.replace(attribute(self.module, node.target), plans[node])
-            result.notes.append(f"parameter {node.target} is also read whole; its heads are selected in the graph")
-        result.parameters = (*(p for n, p in plans.items() if n.op != "placeholder"), *self.ties.values())
-        result.inputs = tuple(p for n, p in plans.items() if n.op == "placeholder")
-        smaller: dict[tuple[int, int], list[str]] = {}
-        for p in result.inputs:
-            smaller.setdefault(p.size, []).append(p.name)
-        for (before, after), names in smaller.items():
-            if before != after:
-                text = f"KV caches among the inputs hold {after} heads instead of {before}: {', '.join(names)}"
-                result.notes.append(text)
-
-    def _replace_input(self, node: fx.Node, new: fx.Node) -> None:
-        """Let the smaller input ``new`` take the place and the name of ``node``."""
-        readers = [user.name for user in node.users]
-        if readers:
-            by = ", ".join(readers)
-            raise Refused(f"input {node.name} is also read as a whole by {by}", node, kind="cache input")
-        self.module.graph.erase_node(node)
-        new.name, new.target = node.name, node.target
-        new.meta = {**node.meta, **new.meta}
-
-    def drop_whole(self, uses: Sequence[LeafUse], result: Rewritten) -> None:
-        """Remove parameters of heads that are gone and had them for themselves."""
-        alive = {str(n.target) for n in self.module.graph.nodes if n.op == "get_attr"}
-        gone: list[ParameterPlan] = []
-        for use in (u for u in uses if u.node.op == "get_attr"):
-            name, count = str(use.node.target), shape_of(use.node)[0] if shape_of(use.node) else 0
-            if name not in alive and not any(p.name == name for p in gone):
-                gone.append(ParameterPlan(name, 0, (count, 0), (), (), (f"0:{count}",)))
-                owner, _, attribute_name = name.rpartition(".")
-                delattr(self.module.get_submodule(owner), attribute_name)
-        result.parameters = (*result.parameters, *gone)
-
-
-class _Holders:
-    """Every table entry of a module tree by the tensor it holds, so that a cut parameter is replaced under all its
-    names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for owner in module.modules():
-            for table in (owner._parameters, owner._buffers, vars(owner)):
-                for name, held in table.items():
-                    if isinstance(held, torch.Tensor):
-                        self._places.setdefault(id(held), []).append((table, name))
-
-    def replace(self, old: torch.Tensor, plan: ParameterPlan) -> None:
-        """Put the cut tensor wherever ``old`` was; ties stay tied."""
-        new = cut_tensor(old.detach(), plan)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for table, name in self._places[id(old)]:
-            table[name] = new
-
-
 class _Builder:
     """Builds the smaller region of one site."""
 
-    def __init__(self, facts: GraphFacts, site: Site, layout: Layout, parameters: _Parameters) -> None:
+    def __init__(self, facts: GraphFacts, site: Site, layout: Layout, parameters: CutNodes) -> None:
         self.facts, self.site, self.layout, self.parameters = facts, site, layout, parameters
         self.graph = facts.module.graph
         self.built: dict[tuple[str, fx.Node], fx.Node] = {}

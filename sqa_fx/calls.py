@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class CallBinder:
         holders = [n for n in graph.nodes if n.op == "placeholder"]
         self.names = [n.name for n in holders]
         self.expected = [
-            value_of(n) if isinstance(leaf, torch.Tensor) else leaf for n, leaf in zip(holders, leaves, strict=True)
+            _Form.of(value_of(n)) if isinstance(leaf, torch.Tensor) else leaf
+            for n, leaf in zip(holders, leaves, strict=True)
         ]
         self._captured = self._bound(args, dict(kwargs)) if signature is not None else {}
 
@@ -123,29 +125,40 @@ class CallBinder:
 
     @staticmethod
     def _check(name: str, leaf: Any, expected: Any, floating: torch.dtype | None) -> None:
-        if not isinstance(expected, torch.Tensor):
+        if not isinstance(expected, _Form):
             if isinstance(expected, int | float | bool | str | None) and leaf != expected:
                 raise InputError(
                     f"input {name!r} was {expected!r} when the model was captured and is fixed; got {leaf!r}"
                 )
             return
         if not isinstance(leaf, torch.Tensor):
-            raise InputError(f"input {name!r} must be a tensor of shape {_shape(expected)}; got {type(leaf).__name__}")
-        if leaf.dtype != expected.dtype and not (expected.is_floating_point() and leaf.dtype == floating):
+            raise InputError(f"input {name!r} must be a tensor of shape {expected.text}; got {type(leaf).__name__}")
+        if leaf.dtype != expected.dtype and not (expected.dtype.is_floating_point and leaf.dtype == floating):
             raise InputError(
                 f"input {name!r} must have dtype {expected.dtype}; got {leaf.dtype} of shape {tuple(leaf.shape)}"
             )
-        fits = leaf.dim() == expected.dim() and all(
-            is_free(wanted) or size == wanted for size, wanted in zip(leaf.shape, expected.shape, strict=True)
+        fits = leaf.dim() == len(expected.sizes) and all(
+            wanted is None or size == wanted for size, wanted in zip(leaf.shape, expected.sizes, strict=True)
         )
         if not fits:
             raise InputError(
-                f"input {name!r} must have shape {_shape(expected)} (letters are free); got "
+                f"input {name!r} must have shape {expected.text} (letters are free); got "
                 f"{list(leaf.shape)}. Sizes that are "
                 "fixed come from the example inputs: convert with others, or with a batch and length "
                 "above 1, to free them"
             )
 
 
-def _shape(tensor: torch.Tensor) -> str:
-    return "[" + ", ".join(str(s) for s in tensor.shape) + "]"
+@dataclass(frozen=True)
+class _Form:
+    """What a tensor input must look like, as plain data, which torch.compile can trace. Free sizes are None."""
+
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+    text: str
+
+    @staticmethod
+    def of(value: torch.Tensor) -> _Form:
+        """The form of a captured input."""
+        sizes = tuple(None if is_free(size) else int(size) for size in value.shape)
+        return _Form(value.dtype, sizes, "[" + ", ".join(str(size) for size in value.shape) + "]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -11,6 +12,7 @@ from torch import fx, nn
 
 from sqa_fx.errors import PlanError
 from sqa_fx.passes.capture import Captured, clone_graph, dynamic_sizes
+from sqa_fx.passes.cut_nodes import cut_unread
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.locate import named, nodes_at
@@ -18,7 +20,7 @@ from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.parameters import cut_tensor
 from sqa_fx.passes.pipeline import Analysis, Timings, run_passes
 from sqa_fx.passes.record import Call
-from sqa_fx.passes.rewrite import Rewritten
+from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.site import Refusal, Site
 from sqa_fx.passes.verify import Comparison, Inexact, Precision, Proof, worst
 from sqa_fx.passes.verify import verify as prove
@@ -66,6 +68,9 @@ def convert_graph(
         read = {str(n.target) for n in captured.graph_module.graph.find_nodes(op="get_attr")}
         if not given.covers(made, read):
             raise PlanError("the plan cuts other parameters than this model needs: it was made for another model")
+        names = {p.name for p in made.parameters}
+        unread = cut_unread(captured.graph_module, [p for p in given.parameters if p.name not in names])
+        made = replace(made, parameters=(*made.parameters, *unread))
     proof = None
     if verify:
         precision: Precision = verify if isinstance(verify, str) else "float64"

@@ -7,13 +7,15 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from sqa_fx.calls import CallBinder, signature_from_json, signature_to_json
+from sqa_fx.checkpointing import in_segments
 from sqa_fx.errors import InputError
 from sqa_fx.passes.capture import dropout_nodes
 from sqa_fx.passes.ops import argument, op_name, set_argument
@@ -53,17 +55,31 @@ class ConvertedModule(nn.Module):
         )
         self._non_persistent_buffers_set = graph_module._non_persistent_buffers_set
         self.__dict__["graph_module"] = graph_module
+        self.__dict__["_segments"] = None
         self.__dict__["_dropout"] = {n.name: _rate(n) for n in dropout_nodes(graph_module)}
         nn.Module.train(self, training)
 
     graph_module: fx.GraphModule
     _dropout: dict[str, float]
+    _segments: Callable[..., Any] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's outputs. Raises InputError when an input does not fit what the graph was captured for."""
         floating = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
         args, kwargs = self._binder.bind(args, kwargs, floating)
-        return self.graph_module(*args, **kwargs)
+        if self._segments is None or not torch.is_grad_enabled():
+            return self.graph_module(*args, **kwargs)
+        outputs = self._segments(*pytree.tree_leaves((args, kwargs)))
+        info = self.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        return pytree.tree_unflatten(outputs, info.out_spec)
+
+    def checkpoint_activations(self, enabled: bool = True) -> ConvertedModule:
+        """Compute activations again in the backward pass instead of keeping them: one segment for each attention.
+
+        It saves memory as ``gradient_checkpointing_enable()`` of the original does, and costs one more forward pass.
+        """
+        self.__dict__["_segments"] = in_segments(self.graph_module) if enabled else None
+        return self
 
     def train(self, mode: bool = True) -> ConvertedModule:
         """Switch dropout on or off. A module captured in eval mode holds no dropout: convert(model.train()) to keep it.
@@ -90,6 +106,7 @@ class ConvertedModule(nn.Module):
                     set_argument(node, "train", mode)
         if self._dropout:
             self.graph_module.recompile()
+            self.checkpoint_activations(self._segments is not None)
         for module in self.children():
             _set_mode(module, mode)
         self.training = mode
@@ -136,6 +153,7 @@ class ConvertedModule(nn.Module):
         twin.__dict__["_dropout"] = dict(self._dropout)
         if twin.training != self.training:
             twin.train(self.training)
+        twin.checkpoint_activations(self._segments is not None)
         memo[id(self)] = twin
         return twin
 

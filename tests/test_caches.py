@@ -226,15 +226,16 @@ def test_static_cache_decodes_the_tokens_of_the_oracle(saved: bool, tmp_path: Pa
 
 
 def _translator() -> Any:
+    """An encoder-decoder whose tokens change from step to step."""
     transformers = library("transformers")
     torch.manual_seed(1)
     config = transformers.BartConfig(
         vocab_size=37, d_model=40, encoder_layers=2, decoder_layers=2, encoder_attention_heads=8,
-        decoder_attention_heads=8, encoder_ffn_dim=52, decoder_ffn_dim=52, max_position_embeddings=64, init_std=0.4,
+        decoder_attention_heads=8, encoder_ffn_dim=52, decoder_ffn_dim=52, max_position_embeddings=64, init_std=0.1,
         pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
     )  # fmt: skip
-    model = perturb(transformers.BartForConditionalGeneration(config).eval())
-    with torch.no_grad():  # tokens that change from step to step
+    model: Any = perturb(transformers.BartForConditionalGeneration(config).eval())
+    with torch.no_grad():
         model.model.decoder.embed_positions.weight.mul_(8)
     return model
 
