@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqa_fx.passes.collapse import passage
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.hints import concrete, hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.ops import IDENTITY_MOVES, Aligned, Move, Operand, moved_from, op_name, step
@@ -145,7 +146,7 @@ class Carrier:
     """
 
     def __init__(self, owner: fx.GraphModule, constants: set[fx.Node]) -> None:
-        self._maps: dict[Any, Tensor] = {}
+        self._maps: dict[Any, tuple[Tensor, list[tuple[int, ...]]]] = {}
         self._answers: dict[Any, Any] = {}
         self._owner, self._constants = owner, constants
 
@@ -209,10 +210,9 @@ class Carrier:
         key = ("forward", self._key(node), known, missing)
         answer = self._answers.get(key)
         if answer is None:
-            values = {
-                s: labels.get(s, torch.full((1,) * len(shape_of(s)), missing)).expand(shape_of(s)) for s in move.sources
-            }
-            moved = run_move(node, values, self._index_nodes(node))
+            given = {s: labels.get(s, torch.full((1,) * len(shape_of(s)), missing)) for s in move.sources}
+            varies = [any(given[s].size(d) > 1 for s in given) for d in range(len(shape_of(move.sources[0])))]
+            moved = self._run_small(node, given, varies, [False] * len(shape_of(node)))
             if op_name(moved_from(node)) in ("constant_pad_nd", "pad"):
                 moved = torch.where(moved == -1, missing, moved)
             answer = compress(moved)
@@ -227,19 +227,17 @@ class Carrier:
         answer = self._answers.get(key)
         sources = list(dict.fromkeys(move.sources))
         if answer is None:
-            index = self._source_index(node, sources)
-            flat = labels.expand(shape_of(node)).reshape(-1)
-            if index.numel() != flat.numel():
-                raise ValueError(f"which elements {node.name} takes depends on data")
+            varies = [size > 1 for size in labels.shape]
+            index, shapes = self._source_index(node, sources, varies)
+            flat, index = labels.expand(index.shape).reshape(-1), index.reshape(-1)
             keep = index >= 0
             index, flat = index[keep], flat[keep]
-            total = sum(_numel(shape_of(s)) for s in sources)
+            total = sum(map(_numel, shapes))
             lows = torch.full((total,), _TOP).scatter_reduce_(0, index, low(flat), "amin")
             highs = torch.full((total,), -1).scatter_reduce_(0, index, high(flat), "amax")
             answer = []
             start = 0
-            for source in sources:
-                shape = shape_of(source)
+            for shape in shapes:
                 part = slice(start, start + _numel(shape))
                 moved = pack(lows[part], highs[part]).view(shape)
                 answer.append(compress(self._whole_table(node, labels, moved)))
@@ -274,19 +272,47 @@ class Carrier:
             return moved
         return join_over(moved, dims)
 
-    def _source_index(self, node: fx.Node, sources: list[fx.Node]) -> Tensor:
-        key = self._key(node)
-        index = self._maps.get(key)
-        if index is None:
+    def _source_index(
+        self, node: fx.Node, sources: list[fx.Node], varies: list[bool]
+    ) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """For each output element the source element it was, in the order of ``sources``, and the sizes of these:
+        dimensions that are passed through and do not vary have size 1."""
+        key = (self._key(node), tuple(varies))
+        known = self._maps.get(key)
+        if known is None:
+            way = passage(node, sources)
+            shapes = [shape_of(s) for s in sources]
+            if way is not None:
+                gone = way.unvarying([False] * len(way.source), varies)
+                lost = {d for i in gone for d in way.groups[i][0]}
+                shapes = [tuple(1 if d in lost else n for d, n in enumerate(shape)) for shape in shapes]
             values = {}
             start = 0
-            for source in sources:
-                shape = shape_of(source)
+            for source, shape in zip(sources, shapes, strict=True):
                 values[source] = torch.arange(start, start + _numel(shape)).view(shape)
                 start += _numel(shape)
-            index = run_move(node, values, self._index_nodes(node)).reshape(-1)
-            self._maps[key] = index
-        return index
+            index = self._run_small(node, values, [False] * len(shape_of(sources[0])), varies)
+            if way is None and tuple(index.shape) != shape_of(node):
+                raise ValueError(f"which elements {node.name} takes depends on data")
+            known = self._maps[key] = index, shapes
+        return known
+
+    def _run_small(
+        self, node: fx.Node, given: dict[fx.Node, Tensor], source_varies: list[bool], out_varies: list[bool]
+    ) -> Tensor:
+        """Run the move ``node`` on ``given`` (compressed, one for each source) at sizes without the dimensions that it
+        passes through and that vary on neither side."""
+        move = step(node)
+        assert isinstance(move, Move)
+        way = passage(node, move.sources)
+        if way is None:
+            return run_move(node, {s: given[s].expand(shape_of(s)) for s in move.sources}, self._index_nodes(node))
+        gone = way.unvarying(source_varies, out_varies)
+        lost = {d for i in gone for d in way.groups[i][0]}
+        values = {s: given[s].expand([1 if d in lost else n for d, n in enumerate(shape_of(s))]) for s in move.sources}
+        if way.run is not None:
+            return way.run(values[move.sources[0]], way.sizes(gone)[1])
+        return run_move(node, values, self._index_nodes(node))
 
     @staticmethod
     def align_backward(operand: Operand, labels: Labels) -> Labels:

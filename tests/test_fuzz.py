@@ -17,7 +17,7 @@ from fuzz.spec import Spec, generate, random_spec, weight
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sqa_fx.passes import parameters, resize, rewrite
+from sqa_fx.passes import cut_nodes, parameters, resize, rewrite
 from sqa_fx.plan import from_ranges, to_ranges
 
 PROGRAMS = 40
@@ -119,7 +119,7 @@ def _swap_first_blocks(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
         swapped.index_copy_(plan.axis, second, made.index_select(plan.axis, first))
         return swapped
 
-    monkeypatch.setattr(rewrite, "cut_tensor", wrong)
+    monkeypatch.setattr(cut_nodes, "cut_tensor", wrong)
 
 
 def _without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
