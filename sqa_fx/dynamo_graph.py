@@ -7,6 +7,7 @@ becomes casts, mutations become ``copy_`` at the end, and what ran without gradi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -17,13 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._export.utils import _is_preservable_cia_op, _special_op_to_preserve_cia
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export.exported_program import (
-    _override_composite_implicit_decomp,
-    _split_decomp_table_to_cia_and_python_decomp,
-)
+from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import traceback as fx_traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -33,6 +32,10 @@ _TABLE = re.compile(r"\._(?:modules|parameters|buffers)\[")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
 _ROOT = re.compile(r"^[A-Z]+\['([^']*)'\]|^[A-Za-z_]\w*")
 _checkpoints = itertools.count()
+_WHOLE = frozenset(
+    """linear matmul einsum scaled_dot_product_attention softmax log_softmax layer_norm rms_norm group_norm batch_norm
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""".split()
+)
 
 
 @dataclass
@@ -76,7 +79,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
     mode = _fake_mode(fakes)
     fakes += [mode.from_tensor(t, static_shapes=True) for t in held.values()]
     runner = _Runner(module, list(held), gradients)
-    composites, _ = _split_decomp_table_to_cia_and_python_decomp({})
+    composites = {op: _special_op_to_preserve_cia for name in _called(module) for op in _composites(name)}
     try:
         with (
             mode,
@@ -91,6 +94,28 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
     names = [n.name for n in placeholders]
     mutated = {signature.user_inputs.index(name): out for out, name in signature.user_inputs_to_mutate.items()}
     return _assemble(module, traced, names, placeholders, [*inputs, *held.values()], list(held), mutated)
+
+
+def _called(module: fx.GraphModule) -> set[str]:
+    """The names of what dynamo's graph calls, and of the operators that must stay whole wherever they are called."""
+    names = set(_WHOLE)
+    for inner in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in inner.graph.nodes:
+            names.add(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+    return names
+
+
+@functools.cache
+def _composites(name: str) -> tuple[torch._ops.OpOverload, ...]:
+    """The composite operators of this name that can stay whole. (Torch's own table of all of them takes as long to
+    make and to apply as the trace itself.)"""
+    if not name.isidentifier():
+        return ()
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return ()
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return tuple(op for op in overloads if _is_preservable_cia_op(op))
 
 
 def _first_line(error: BaseException) -> str:
