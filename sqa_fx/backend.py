@@ -144,9 +144,9 @@ def _convert(
     parameters = {name: attribute(graph.module, name) for name in graph.names}
     verify = options.verify
     if verify == "auto":
-        verify = _affordable(analysis)
-        if not verify:
-            log.warning("graph not proved: its attention is too large for a proof in float64 (verify=True forces it)")
+        verify = "float64" if _affordable(analysis) else "native"
+        if verify == "native":
+            log.info("proved in its own dtype: attention is too large for float64 here (verify=True forces it)")
     try:
         plan, report = convert_graph(captured, analysis, plans, None, verify, timings)
     except NothingRewritten as error:
@@ -218,8 +218,8 @@ def _output_weights(analysis: Analysis, site: Site) -> list[Tensor]:
     return [attribute(analysis.facts.module, use.node.target) for use in site.leaves if use.role == "o"]
 
 
-# Numbers in the scores of all sites beyond which a proof would take longer than the compilation.
-_PROVABLE = {"cpu": 2**31, "cuda": 2**38}
+# Numbers in the scores of all sites beyond which a proof in float64 would take long beside the compilation.
+_PROVABLE = {"cpu": 2**26, "cuda": 2**32}
 
 
 def _affordable(analysis: Analysis) -> bool:

@@ -17,11 +17,11 @@ class CompileOptions:
     """What ``torch.compile(model, backend="sqa_fx", options={...})`` takes.
 
     ``hq``, ``hkv``, ``heads``, ``kv_merge``, ``plan`` (a Plan, or the path of one) and ``allow_inexact`` mean what they
-    mean to :func:`sqa_fx.convert`. ``verify`` is True, "native", False, or "auto": prove every graph whose attention is
-    small enough for a proof in float64 beside a compilation, and log the others. ``on_refused`` says what happens to
-    attention that cannot be converted: "keep" leaves it as it is and logs a warning, "raise" raises. ``inner`` compiles
-    the converted graph: the name of a backend, or a callable; ``mode`` and ``inner_options`` go to it (torch.compile
-    itself takes either ``mode=`` or ``options=``).
+    mean to :func:`sqa_fx.convert`. ``verify`` is True, "native", False, or "auto": prove in float64 where the attention
+    is small enough for that beside a compilation, and in the graph's own dtype elsewhere. ``on_refused`` says what
+    happens to attention that cannot be converted: "keep" leaves it as it is and logs a warning, "raise" raises.
+    ``inner`` compiles the converted graph: the name of a backend, or a callable; ``mode`` and ``inner_options`` go to
+    it (torch.compile itself takes either ``mode=`` or ``options=``).
     """
 
     hq: Request = None

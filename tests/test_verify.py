@@ -11,7 +11,7 @@ from sqa_fx.errors import VerifyError
 from sqa_fx.passes.capture import capture, clone_graph
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.pipeline import Timings, find_sites, make_plan, run_passes
-from sqa_fx.passes.verify import Comparison, verify
+from sqa_fx.passes.verify import Comparison, Precision, verify
 from sqa_fx.plan import Plan
 
 HEADS, HEAD_DIM, WIDTH = 6, 5, 30
@@ -31,7 +31,7 @@ class Block(nn.Module):
         return x + y
 
 
-def _broken(parameter: str) -> None:
+def _broken(parameter: str, precision: Precision = "float64") -> None:
     model = nn.Sequential(Block(), Block()).eval()
     captured = capture(model, (torch.randn(3, 7, WIDTH),))
     original = clone_graph(captured.graph_module)
@@ -39,10 +39,10 @@ def _broken(parameter: str) -> None:
     plans = make_plan(analysis, 4, 2, "weights", "mean")
     done = run_passes(analysis, plans, Timings())
     with torch.no_grad():
-        attribute(captured.graph_module, parameter)[0] += 0.01
+        attribute(captured.graph_module, parameter)[0] += 0.1 if precision == "native" else 0.01
     plan = Plan(tuple(plans.values()), done.parameters)
     comparison = Comparison(original, captured.graph_module, plan, done.outputs, done.carried)
-    verify(comparison, captured.args, captured.kwargs)
+    verify(comparison, captured.args, captured.kwargs, precision)
 
 
 @pytest.mark.parametrize("parameter", ["1.q.weight", "1.k.bias", "1.v.weight", "1.o.weight"])
@@ -83,3 +83,9 @@ def test_native_precision() -> None:
     report = sqa_fx.convert(model, hq=4, hkv=2, args=(x,), verify="native").report
     assert report.proof is not None
     assert report.proof["precision"] == "bfloat16"
+
+
+def test_wrong_parameters_are_found_in_the_graphs_own_dtype() -> None:
+    with pytest.raises(VerifyError, match="first at site '1'"):
+        _broken("1.v.weight", "native")
+    _broken("1.k.bias", "native")
