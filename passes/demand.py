@@ -437,11 +437,7 @@ class Follower:
                             site.carried_outputs.append((role, node))
                     elif (role, user) in self.labels or self._keeps_whole(role, node):
                         continue
-                    elif op_name(user) == "copy_":
-                        self._written(role, user)
-                        queue.append(user)
-                    elif self._leaves(user):
-                        self._passed(role, user)
+                    elif self._written(role, user) if op_name(user) == "copy_" else self._passed(role, user):
                         queue.append(user)
 
     def _keeps_whole(self, role: str, node: fx.Node) -> bool:
@@ -466,39 +462,43 @@ class Follower:
             seen.update(current.users)
         return True
 
-    def _passed(self, role: str, node: fx.Node) -> None:
-        """Label a node behind keys or values that is on its way out; it may join keys with values."""
+    def _passed(self, role: str, node: fx.Node) -> bool:
+        """Label a node behind keys or values that is on its way out; it may join keys with values. False for what is
+        made of other things too, or for other purposes: that keeps reading them whole."""
         description = step(node)
+        if not self._leaves(node):
+            return False
         known = {}
         for source in node.all_input_nodes:
             own = next((r for r in (role, "k", "v") if (r, source) in self.labels), None)
             if own is not None:
                 known[source] = self.labels[own, source]
-                if own != role:
-                    self.labels[role, source] = self.labels[own, source]
-                    self.site.joined[role, source] = (own, source)
         if isinstance(description, Move):
             if any(s not in known for s in description.sources):
-                raise Refused("keys or values leave the graph joined to something else", node, kind="cache input")
+                return False
             labels = compress(self.facts.carrier.move_forward(node, known))
         else:
             assert isinstance(description, Aligned)
             (operand,) = (o for o in description.operands if o.node in known)
             labels, crossing = self.facts.carrier.align_forward(operand, known[operand.node], len(shape_of(node)))
             if crossing:
-                raise Refused("keys or values of several heads leave the graph as one", node, kind="cache input")
+                return False
+        for source, own_labels in known.items():
+            if (role, source) not in self.labels:
+                self.labels[role, source] = own_labels
+                self.site.joined[role, source] = ("v" if role == "k" else "k", source)
         self.labels[role, node] = labels
+        return True
 
-    def _written(self, role: str, node: fx.Node) -> None:
-        """Note a ``copy_`` of keys or values; the cache it goes to must be one that is cut."""
+    def _written(self, role: str, node: fx.Node) -> bool:
+        """Note a ``copy_`` of keys or values into a cache that is cut; False where it goes elsewhere."""
         target, value = node.args[:2]
         assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
         if (role, target) not in self.labels or (role, value) not in self.labels:
-            raise Refused(
-                "keys or values are written over something that is no cache of them", node, kind="cache input"
-            )
+            return False
         self.labels[role, node] = self.labels[role, value]
         self.site.written.append((role, node))
+        return True
 
     def _check_caches(self) -> None:
         """Raise Refused when a cache that gets fewer heads is also read whole."""

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from attention_models import CASES, converted, library, noise, perturb, tokens
-from cache_models import HEAD_DIM, KV_HEADS, ROOM, WIDTH, Buffered, Crossing, Growing, Stacked, Summing, Written
+from cache_models import (
+    HEAD_DIM,
+    KV_HEADS,
+    ROOM,
+    WIDTH,
+    Buffered,
+    Crossing,
+    Elsewhere,
+    Growing,
+    Stacked,
+    Summing,
+    Written,
+)
 from plan_arithmetic import load_masked
 from torch import Tensor, nn
 
@@ -139,6 +151,16 @@ def test_a_cache_that_is_read_otherwise_is_refused() -> None:
     inputs = noise(2, 3, WIDTH), noise(2, KV_HEADS, 9, HEAD_DIM), noise(2, KV_HEADS, 9, HEAD_DIM)
     with pytest.raises(SqaError, match=r"cross_k is also read as a whole.*to convert: keep all KV heads"):
         sqa_fx.convert(Summing().eval(), hq=HQ, hkv=HKV, args=inputs)
+
+
+def test_keys_that_leave_for_other_purposes_stay_whole() -> None:
+    model = perturb(Elsewhere().eval())
+    x = noise(2, 3, WIDTH)
+    result = converted(model, hq=HQ, hkv=HKV, args=(x,))
+    oracle = _masked(model, result.plan)
+    for actual, expected in zip(result(x), oracle(x), strict=True):
+        _close(actual, expected)
+    _close(result.get_buffer("kept"), oracle.get_buffer("kept"))
 
 
 def test_a_compiled_model_keeps_the_callers_caches() -> None:
