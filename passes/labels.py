@@ -211,7 +211,9 @@ class Carrier:
         answer = self._answers.get(key)
         if answer is None:
             given = {s: labels.get(s, torch.full((1,) * len(shape_of(s)), missing)) for s in move.sources}
-            varies = [any(given[s].size(d) > 1 for s in given) for d in range(len(shape_of(move.sources[0])))]
+            # Sources of fewer dimensions (what select_scatter writes) only occur in moves that run at their full size.
+            rank = len(shape_of(move.sources[0]))
+            varies = [any(t.dim() == rank and t.size(d) > 1 for t in given.values()) for d in range(rank)]
             moved = self._run_small(node, given, varies, [False] * len(shape_of(node)))
             if op_name(moved_from(node)) in ("constant_pad_nd", "pad"):
                 moved = torch.where(moved == -1, missing, moved)
