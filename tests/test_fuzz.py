@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sqa_fx.passes import cut_nodes, parameters, resize, rewrite
 from sqa_fx.plan import from_ranges, to_ranges
 
-PROGRAMS = 30
+PROGRAMS = 20
 
 
 @st.composite
