@@ -85,19 +85,26 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def burst(call: Callable[[], Any], device: str, count: int) -> float:
+    """Milliseconds per call of ``count`` calls in a row, as in a training loop: nobody waits for the device between."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / count * 1e3
+
+
 def interleaved(calls: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call; the calls take turns."""
+    """Median milliseconds of each call. The calls take turns of at least 50 ms, every time in another order: a device
+    that is warm from a heavier model runs the next one at lower clocks."""
+    counts = {name: max(1, round(50 / max(burst(call, device, 2) for _ in range(2)))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for call in calls.values():
-            call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
+    names = list(calls)
+    for turn in range(repeats):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order if turn % 2 else reversed(order):
+            times[name].append(burst(calls[name], device, counts[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -205,7 +212,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is started")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--out", type=Path)

@@ -163,15 +163,15 @@ class Layout:
 
     def blocks(self, use: LeafUse) -> list[HeadBlock]:
         """How the entries of a parameter's head axis make the new ones (positions start at 0)."""
-        numbers = self.new_heads(use.labels, use.role)
-        entries = torch.nonzero(numbers != DROP).reshape(-1).tolist()
+        numbers = self.new_heads(use.labels, use.role).tolist()
+        entries = [e for e, number in enumerate(numbers) if number != DROP]
         order: dict[int, int] = {}
         for e in entries:
-            if int(numbers[e]) >= 0:
-                order.setdefault(int(numbers[e]), len(order))
+            if numbers[e] >= 0:
+                order.setdefault(numbers[e], len(order))
         slots: dict[int, list[int]] = {}
         for position, e in enumerate(entries):
-            number = int(numbers[e])
+            number = numbers[e]
             # Heads keep the places of the axis but stand in plan order: the r-th head that appears makes room for
             # head r.
             slots.setdefault(order[number] if number >= 0 else REST, []).append(position)
@@ -229,10 +229,8 @@ class Layout:
     def dropped(self, use: LeafUse) -> list[int]:
         """The entries of a parameter that belong to heads which are gone."""
         stay = {i for member in self._all_members(use.role) for i in self._entries(use, member)}
-        rest = self.new_heads(use.labels, use.role) == REST
-        return [
-            i for i in torch.nonzero(use.labels != EMPTY).reshape(-1).tolist() if i not in stay and not bool(rest[i])
-        ]
+        gone = (use.labels != EMPTY) & (self.new_heads(use.labels, use.role) != REST)
+        return [i for i in torch.nonzero(gone).reshape(-1).tolist() if i not in stay]
 
     def _all_members(self, role: str) -> list[tuple[int, int]]:
         return [m for head in range(self.heads_of(role)) for m in self._members(role, head)]
