@@ -59,10 +59,14 @@ def parse_input_spec(text: str, *, vocabulary: int | None = None, seed: int = _S
     sizes = [part.strip() for part in match["shape"].split(",")] if match["shape"].strip() else []
     if not all(size.isdigit() for size in sizes):
         raise InputError(f"input {text!r}: every size must be a number; write it as {SPEC_GRAMMAR}")
-    name, shape = match["name"], [int(size) for size in sizes]
+    return match["name"], make_input(match["name"], [int(size) for size in sizes], dtype, vocabulary, seed)
+
+
+def make_input(name: str, shape: list[int], dtype: torch.dtype, vocabulary: int | None, seed: int = _SEED) -> Tensor:
+    """The input of that name, shape and dtype, with the values that `parse_input_spec` tells of."""
     if name.endswith("mask"):
-        return name, torch.ones(shape, dtype=dtype)
-    return name, _random(shape, dtype, _generator(seed), None if name in _NOT_TOKENS else vocabulary)
+        return torch.ones(shape, dtype=dtype)
+    return _random(shape, dtype, _generator(seed), None if name in _NOT_TOKENS else vocabulary)
 
 
 def bind_inputs(target: nn.Module | torch.export.ExportedProgram, tensors: Mapping[str, Tensor]) -> Inputs:

@@ -23,6 +23,9 @@ DEFAULT_ATOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, 
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 """``(args, kwargs)`` of one call."""
 
+_AT_ONCE = 2**22
+"""Elements that are compared at once: in float64 a few of these are small beside the outputs of a large model."""
+
 
 @dataclass(frozen=True)
 class OutputComparison:
@@ -53,17 +56,49 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Every comparison, how the reference was run, and what the reader must know besides."""
+    """Every comparison, how the reference was run, and what the reader must know besides.
+
+    ``labels`` name the input sets; empty when they have numbers only.
+    """
 
     comparisons: tuple[OutputComparison, ...]
     reference_dtype: str
     factor: float
     notes: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether there was something to compare, and all of it agreed."""
         return bool(self.comparisons) and all(c.passed for c in self.comparisons)
+
+    def label(self, input_set: int) -> str:
+        """What the input set of that number is called."""
+        return self.labels[input_set] if self.labels else str(input_set)
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict as JSON-ready data: ``passed``, ``error`` and ``tolerance`` of the comparison that came nearest
+        to its tolerance or went farthest beyond it, ``min_cosine``, ``labels``, ``reference_dtype``, how many
+        comparisons were made and failed, and the first ``problem`` (None: all agree)."""
+        measured = [c for c in self.comparisons if not math.isnan(c.max_abs)]
+        worst = max(measured, key=_closeness, default=None)
+        cosines = [c.cosine for c in measured if c.cosine is not None]
+        failed = [c for c in self.comparisons if not c.passed]
+        content = {
+            "passed": self.passed,
+            "error": worst.max_abs if worst else None,
+            "tolerance": worst.tolerance if worst else None,
+            "min_cosine": min(cosines, default=None),
+            "labels": list(self.labels),
+            "reference_dtype": self.reference_dtype,
+            "compared": len(self.comparisons),
+            "failed": len(failed),
+            "problem": f"{failed[0].output} at input set {self.label(failed[0].input_set)}: {failed[0].problem}"
+            if failed
+            else None,
+        }
+        found: dict[str, Any] = _finite(content)
+        return found
 
     def to_json(self) -> str:
         """The report as JSON; numbers that are not finite become null."""
@@ -73,6 +108,7 @@ class ValidationReport:
             "reference_dtype": self.reference_dtype,
             "factor": self.factor,
             "notes": list(self.notes),
+            "labels": list(self.labels),
             "comparisons": [asdict(c) for c in self.comparisons],
         }
         return json.dumps(_finite(content), indent=2, allow_nan=False)
@@ -84,7 +120,7 @@ class ValidationReport:
         rows = [
             [
                 c.candidate,
-                str(c.input_set),
+                self.label(c.input_set),
                 c.output,
                 c.dtype,
                 *(_number(x) for x in (c.max_abs, c.max_rel, c.eager_max_abs, c.tolerance, c.minimum_atol)),
@@ -108,18 +144,24 @@ def validate(
     atol: float | None = None,
     factor: float = 2.0,
     valid_mask: Tensor | Sequence[Tensor] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> ValidationReport:
     """Compare each candidate with ``reference`` run in float64, on each ``(args, kwargs)`` of ``input_sets``.
 
     An output passes when its largest error is at most ``factor`` times that of the reference run eagerly in the
     candidate's own dtype, plus ``atol`` (by default ``DEFAULT_ATOL`` of that dtype): the rule of flash-attention's
     tests. ``valid_mask`` is bool ``[batch, seq]``, one for all input sets or one for each: of outputs that start with
-    these axes, only what it marks is compared, since padding may hold anything. ``reference`` is copied, not changed.
+    these axes, only what it marks is compared, since padding may hold anything. ``reference`` is copied, not changed;
+    it runs on its own device, and outputs are compared in host memory, wherever they are. ``labels`` name the input
+    sets in the report. A candidate that raises on an input set has failed there, and the others are still compared.
 
-    Raises InputError when there is nothing to compare, or no output starts with the axes of a mask.
+    Raises InputError when there is nothing to compare, no output starts with the axes of a mask, or the labels are not
+    one for each input set.
     """
     if not candidates or not input_sets:
         raise InputError(f"nothing to compare: {len(candidates)} candidates and {len(input_sets)} input sets")
+    if labels is not None and len(labels) != len(input_sets):
+        raise InputError(f"{len(labels)} labels for {len(input_sets)} input sets; give one for each")
     masks = _masks(valid_mask, len(input_sets))
     notes: list[str] = []
     own = module_dtype(reference)
@@ -139,10 +181,15 @@ def validate(
         if dtype not in eager:
             module = base if dtype == own else copy.deepcopy(base).to(dtype)
             eager[dtype] = [[t for _, t in _call(module, _as_dtype(s, dtype, own))] for s in input_sets]
+            del module
         slack = DEFAULT_ATOL.get(dtype, DEFAULT_ATOL[torch.float32]) if atol is None else atol
         for index, inputs in enumerate(input_sets):
             args, kwargs = _as_dtype(inputs, dtype, own)
-            got = candidate.run(args, kwargs)
+            try:
+                got = candidate.run(args, kwargs)
+            except Exception as error:  # whatever an engine raises, at one shape maybe: it has failed there
+                comparisons.append(_no_comparison(candidate, index, "all", f"does not run: {_first_line(error)}"))
+                continue
             expected = exact[index]
             if len(got) != len(expected):
                 problem = f"{len(got)} outputs instead of {len(expected)} ({', '.join(n for n, _ in expected)})"
@@ -150,7 +197,7 @@ def validate(
                 continue
             for (name, want), have, baseline in zip(expected, got, eager[dtype][index], strict=True):
                 comparisons.append(_compare(candidate, index, name, have, want, baseline, masks[index], factor, slack))
-    return ValidationReport(tuple(comparisons), reference_dtype, factor, tuple(notes))
+    return ValidationReport(tuple(comparisons), reference_dtype, factor, tuple(notes), tuple(labels or ()))
 
 
 # --- running the reference -------------------------------------------------------------------------------------------
@@ -179,7 +226,7 @@ def _exact_outputs(
     except Exception as e:  # a cast to a fixed dtype in the model surfaces as whatever operator meets it first
         own_name = _name(own)
         notes.append(
-            f"the reference cannot run in float64 ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); it was "
+            f"the reference cannot run in float64 ({_first_line(e)}); it was "
             f"run in {own_name}, so that eager has no error of its own and the tolerance is atol alone"
         )
         return [_call(module, s) for s in input_sets], own_name
@@ -195,9 +242,15 @@ def _exact_outputs(
 
 
 def _call(module: nn.Module, inputs: InputSet) -> list[tuple[str, Tensor]]:
-    args, kwargs = inputs
+    """The outputs in host memory, since all are kept until the end; inputs are moved to where the module is."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if device is not None and isinstance(x, Tensor) else x
+
+    args, kwargs = pytree.tree_map(moved, (tuple(inputs[0]), dict(inputs[1])))
     with torch.no_grad():
-        return [(name, tensor.clone()) for name, tensor in named_outputs(module(*args, **kwargs))]
+        return [(name, tensor.to("cpu", copy=True)) for name, tensor in named_outputs(module(*args, **kwargs))]
 
 
 def _as_dtype(inputs: InputSet, dtype: torch.dtype, own: torch.dtype | None) -> InputSet:
@@ -244,48 +297,81 @@ def _compare(
     if have.shape != want.shape:
         return _no_comparison(candidate, index, name, f"shape {list(have.shape)} instead of {list(want.shape)}")
     exact_type = not (want.is_floating_point() or want.is_complex())
+    have, want, baseline = (t.detach().cpu() for t in (have, want, baseline))
     if mask is not None and want.shape[:2] == mask.shape:
-        have, want, baseline = (x.cpu()[mask.cpu()] for x in (have, want, baseline))
-    x, y, z = (_real(t.detach().cpu()).double() for t in (have, want, baseline))
-    top1 = _top1(x, y) if not exact_type else None
-
-    nonfinite = int((~x.isfinite()).sum())
-    same = (x == y) | (x.isnan() & y.isnan())
-    usable = x.isfinite() & y.isfinite()
-    mismatch = int((~usable & ~same).sum())
-    error = (x - y).abs()[usable]
-    max_abs = float(error.max()) if error.numel() else 0.0
-    scale = y.abs()[usable]
-    relative = (error / scale.clamp(min=torch.finfo(torch.float32).tiny))[error > 0]
-    eager_error = (z - y).abs()[z.isfinite() & y.isfinite()]
-    eager_max = float(eager_error.max()) if eager_error.numel() else 0.0
-    tolerance = 0.0 if exact_type else factor * eager_max + atol
+        have, want, baseline = (t[mask.cpu()] for t in (have, want, baseline))
+    top1 = _top1(have, want) if not exact_type else None
+    have, want, baseline = (_real(t).reshape(-1) for t in (have, want, baseline))
+    found = _Differences()
+    for start in range(0, want.numel(), _AT_ONCE):
+        found.add(*(t[start : start + _AT_ONCE].double() for t in (have, want, baseline)))
+    tolerance = 0.0 if exact_type else factor * found.eager_max_abs + atol
 
     problem: str | None = None
-    if mismatch:
-        problem = f"{mismatch} NaN or Inf on one side only"
-    elif x.numel() and not usable.any():
+    if found.mismatch:
+        problem = f"{found.mismatch} NaN or Inf on one side only"
+    elif want.numel() and not found.usable:
         problem = "nothing finite to compare"
-    elif max_abs > tolerance:
-        problem = f"error {max_abs:.3g} > {tolerance:.3g}"
+    elif found.max_abs > tolerance:
+        problem = f"error {found.max_abs:.3g} > {tolerance:.3g}"
+    never = found.mismatch or (exact_type and found.max_abs)
     return OutputComparison(
         candidate=candidate.name,
         input_set=index,
         output=name,
         dtype=_name(have.dtype),
-        compared=x.numel(),
-        max_abs=max_abs,
-        max_rel=float(relative.max()) if relative.numel() else 0.0,
-        eager_max_abs=eager_max,
+        compared=want.numel(),
+        max_abs=found.max_abs,
+        max_rel=found.max_rel,
+        eager_max_abs=found.eager_max_abs,
         tolerance=tolerance,
-        minimum_atol=None if mismatch or (exact_type and max_abs) else max(0.0, max_abs - factor * eager_max),
-        cosine=None if exact_type or not usable.any() else _cosine(x[usable], y[usable]),
+        minimum_atol=None if never else max(0.0, found.max_abs - factor * found.eager_max_abs),
+        cosine=None if exact_type else found.cosine,
         top1=top1,
-        nonfinite=nonfinite,
-        nonfinite_mismatch=mismatch,
+        nonfinite=found.nonfinite,
+        nonfinite_mismatch=found.mismatch,
         problem=problem,
         passed=problem is None,
     )
+
+
+@dataclass
+class _Differences:
+    """What two outputs differ by, added up piece by piece; ``usable`` counts the elements that are finite on both
+    sides."""
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    eager_max_abs: float = 0.0
+    nonfinite: int = 0
+    mismatch: int = 0
+    usable: int = 0
+    dot: float = 0.0
+    squares: tuple[float, float] = (0.0, 0.0)
+
+    def add(self, x: Tensor, y: Tensor, z: Tensor) -> None:
+        """One more piece of the candidate ``x``, the reference ``y`` and the eager baseline ``z``, float64 ``[n]``."""
+        usable = x.isfinite() & y.isfinite()
+        self.nonfinite += int((~x.isfinite()).sum())
+        self.mismatch += int((~usable & ~((x == y) | (x.isnan() & y.isnan()))).sum())
+        self.eager_max_abs = max(self.eager_max_abs, _largest((z - y)[z.isfinite() & y.isfinite()].abs_()))
+        x, y = x[usable], y[usable]
+        self.usable += x.numel()
+        self.dot += float(x @ y)
+        self.squares = (self.squares[0] + float(x @ x), self.squares[1] + float(y @ y))
+        error = x.sub_(y).abs_()
+        self.max_abs = max(self.max_abs, _largest(error))
+        self.max_rel = max(self.max_rel, _largest(error.div_(y.abs_().clamp_(min=torch.finfo(torch.float32).tiny))))
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine of the angle between the two; None where one of them is zero."""
+        norms = math.sqrt(self.squares[0]) * math.sqrt(self.squares[1])
+        return self.dot / norms if norms > 0 else None
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
 
 
 def _no_comparison(candidate: Runner, index: int, name: str, problem: str) -> OutputComparison:
@@ -321,9 +407,16 @@ def _top1(x: Tensor, y: Tensor) -> float | None:
     return float((x.argmax(-1) == y.argmax(-1)).double().mean())
 
 
-def _cosine(x: Tensor, y: Tensor) -> float | None:
-    norms = float(x.norm() * y.norm())
-    return float(x @ y) / norms if norms > 0 else None
+def _closeness(c: OutputComparison) -> float:
+    """The error in tolerances; infinite where no tolerance would do."""
+    if c.nonfinite_mismatch or (c.tolerance == 0 and c.max_abs > 0):
+        return math.inf
+    return c.max_abs / c.tolerance if c.tolerance else 0.0
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,70 @@ def test_outputs_that_pytree_cannot_see() -> None:
 
     with pytest.raises(InputError, match="Box"):
         EagerRunner(Boxed()).run((torch.randn(3),), {})
+
+
+def test_labels() -> None:
+    module = attention()
+    report = validate(module, [EagerRunner(module)], [inputs(1, 3), inputs(2, 7)], labels=["min", "max"])
+    assert report.labels == ("min", "max") and json.loads(report.to_json())["labels"] == ["min", "max"]
+    assert [line.split()[1] for line in report.table().splitlines()[2:6]] == ["min", "min", "max", "max"]
+    with pytest.raises(InputError, match="1 labels for 2 input sets"):
+        validate(module, [EagerRunner(module)], [inputs(1, 3), inputs(2, 7)], labels=["min"])
+
+
+def test_summary() -> None:
+    module = attention()
+    good = validate(module, [EagerRunner(module)], [inputs()], labels=["opt"])
+    summary = good.summary()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["passed"] is True and summary["problem"] is None and summary["failed"] == 0
+    assert summary["labels"] == ["opt"] and summary["reference_dtype"] == "float64" and summary["compared"] == 2
+    worst = max(good.comparisons, key=lambda c: c.max_abs / c.tolerance)
+    assert (summary["error"], summary["tolerance"]) == (worst.max_abs, worst.tolerance)
+    assert summary["min_cosine"] == min(c.cosine for c in good.comparisons if c.cosine is not None)
+
+    bad = changed(add_to_first(1.0), labels=["odd"]).summary()
+    assert bad["passed"] is False and bad["failed"] == 1 and bad["error"] == pytest.approx(1.0, rel=1e-3)
+    assert bad["problem"].startswith("last_hidden_state at input set odd: error 1 > ")
+    unbounded = changed(lambda outputs: outputs[:1]).summary()
+    assert (unbounded["error"], unbounded["compared"], unbounded["failed"]) == (None, 1, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no profile\nfor 7"), InputError("no profile\nfor 7")])
+def test_a_candidate_that_raises_has_failed_there_only(error: Exception) -> None:
+    module = attention()
+
+    class Picky(EagerRunner):
+        def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+            if args[0].shape[1] == 7:
+                raise error
+            return super().run(args, kwargs)
+
+    report = validate(module, [Picky(module, "picky"), EagerRunner(module)], [inputs(2, 7), inputs(2, 5)])
+    assert not report.passed
+    failed = [c for c in report.comparisons if not c.passed]
+    assert [(c.candidate, c.input_set, c.output) for c in failed] == [("picky", 0, "all")]
+    assert failed[0].problem == f"does not run: {type(error).__name__}: no profile"
+    assert len(report.comparisons) == 1 + 2 + 4
+
+
+def test_a_reference_that_raises_ends_the_validation() -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise InputError("not these sizes")
+
+    with pytest.raises(InputError, match="not these sizes"):
+        validate(Refuses(), [EagerRunner(attention())], [inputs()])
+
+
+def test_pieces_of_a_large_output_count_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the comparison is cut up, it says the same."""
+    whole = changed(add_to_first(1e-3)).comparisons
+    monkeypatch.setattr("sqa_fx.validate._AT_ONCE", 13)
+    for one, other in zip(whole, changed(add_to_first(1e-3)).comparisons, strict=True):
+        assert one.cosine == pytest.approx(other.cosine, rel=1e-12)
+        assert replace(one, cosine=None) == replace(other, cosine=None)
+    assert changed(add_to_first(float("nan"))).comparisons[0].nonfinite_mismatch == 1
 
 
 # --- the ONNX runner -------------------------------------------------------------------------------------------------
