@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from sqa_fx.errors import CaptureError, InputError, MissingError, SqaError
+from sqa_fx.exporters.program_checks import refuse_training_mode, root_cause
+from sqa_fx.exporters.program_names import tensor_inputs, tensor_outputs, user_inputs
 from sqa_fx.exporters.sdpa_translation import OLDEST_OPSET, translation_table
+from sqa_fx.exporters.target_file import check_target, publish, staging
 
 DEFAULT_OPSET = 24
 FALLBACK_OPSET = 18
@@ -27,14 +27,6 @@ EXTERNAL_DATA_OVER = 2**31 - 2**27
 """Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB, and the graph needs room too."""
 
 INSTALL = "pip install 'sqa-fx[onnx]' (or: pip install onnx onnxscript onnxruntime)"
-
-# Where a training-mode flag sits among the arguments of the operators that have one.
-_TRAINING_FLAGS = {
-    torch.ops.aten.dropout.default: ("train", 2),
-    torch.ops.aten.feature_dropout.default: ("train", 2),
-    torch.ops.aten.native_dropout.default: ("train", 2),
-    torch.ops.aten.batch_norm.default: ("training", 5),
-}
 
 
 class OnnxExportError(SqaError):
@@ -89,19 +81,19 @@ def export_onnx(
     for version in (opset, fallback_opset):
         if version is not None and version < OLDEST_OPSET:
             raise InputError(f"opset {version} is below {OLDEST_OPSET}, the oldest that torch.onnx writes")
-    target = _check_target(Path(path), overwrite)
+    target = check_target(Path(path), overwrite, beside=(_data_path(Path(path)),))
 
     notes: list[str] = []
     program = _capture(module, args, dict(kwargs or {}), dynamic_shapes, notes)
-    _refuse_training_mode(program)
-    inputs = _names("input", input_names, _input_names(program))
-    outputs = _names("output", output_names, _output_names(program))
+    refuse_training_mode(program)
+    inputs = _names("input", input_names, tensor_inputs(program))
+    outputs = _names("output", output_names, tensor_outputs(program))
     axis_names = _compare_dynamic_shapes(module, program, dynamic_shapes, notes)
 
     reasons: list[str] = []
     for version in dict.fromkeys(v for v in (opset, fallback_opset) if v is not None):
-        with _staging(target) as staging:
-            staged = staging / target.name
+        with staging(target) as directory:
+            staged = directory / target.name
             try:
                 model = _translate(program, version, inputs, outputs, axis_names)
                 _save(model, staged, external_data_over)
@@ -110,13 +102,14 @@ def export_onnx(
             except OSError as e:
                 raise InputError(f"cannot write {target}: {e}; free some space or give another path") from e
             except Exception as e:  # torch.onnx and the checker raise whatever went wrong below them
-                reasons.append(f"opset {version} failed: {_root_cause(e)}")
+                reasons.append(f"opset {version} failed: {root_cause(e)}")
                 error = e
                 continue
             if reasons:
                 notes.append(f"{reasons[0]}; written with opset {version} instead")
-            data = _publish(staged, target)
-            return _describe(model, target, data, notes)
+            data = _data_path(target)
+            publish(staged, target, (data,))
+            return _describe(model, target, data if data.exists() else None, notes)
     raise OnnxExportError(f"cannot write {target.name} as ONNX: " + "; ".join(reasons)) from error
 
 
@@ -133,30 +126,6 @@ def _require_onnx() -> None:
 
 def _data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
-
-
-def _check_target(path: Path, overwrite: bool) -> Path:
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give the path of the file to write, such as {path / 'model.onnx'}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {path.parent} is not a directory; create it first")
-    for existing in (path, _data_path(path)):
-        if existing.exists() and not overwrite:
-            raise InputError(f"{existing} exists already; pass overwrite=True to replace it, or give another path")
-    return path.absolute()
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A directory beside the target, so that moving out of it is a rename; gone afterwards, whatever happens."""
-    try:
-        directory = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as e:
-        raise InputError(f"cannot write in {target.parent}: {e}; give a path in a directory that you may write") from e
-    try:
-        yield Path(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- capture ---------------------------------------------------------------------------------------------------------
@@ -185,25 +154,13 @@ def _capture(
                     program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
                 except Exception:
                     raise CaptureError(
-                        f"torch.export cannot capture {type(module).__name__}: {_root_cause(first)}; check args, "
+                        f"torch.export cannot capture {type(module).__name__}: {root_cause(first)}; check args, "
                         "kwargs and dynamic_shapes against forward, or pass an ExportedProgram"
                     ) from first
-                notes.append(f"captured in strict mode, because non-strict failed: {_root_cause(first)}")
+                notes.append(f"captured in strict mode, because non-strict failed: {root_cause(first)}")
                 return program
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _refuse_training_mode(program: torch.export.ExportedProgram) -> None:
-    for node in program.graph.nodes:
-        name, position = _TRAINING_FLAGS.get(node.target, (None, 0))
-        if name is None:
-            continue
-        if node.kwargs.get(name, node.args[position] if len(node.args) > position else False):
-            raise InputError(
-                f"the model was captured in training mode ({node.name}: {node.target} with {name}=True); call "
-                "model.eval() first"
-            )
 
 
 # --- names and shapes ------------------------------------------------------------------------------------------------
@@ -217,46 +174,6 @@ def _names(what: str, given: Sequence[str] | None, own: list[str]) -> list[str]:
     return list(given)
 
 
-def _input_specs(program: torch.export.ExportedProgram) -> list[Any]:
-    return [s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
-
-
-def _input_names(program: torch.export.ExportedProgram) -> list[str]:
-    """Those of the tensors among the arguments: ``x``, ``pair_0``, ``mask``."""
-    return [s.arg.name for s in _input_specs(program) if not isinstance(s.arg, ConstantArgument)]
-
-
-def _output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """The keys that lead to each tensor, ``last_hidden_state``, ``hidden_states_0``; ``output`` if there are none."""
-    specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    spec = program.call_spec.out_spec
-    try:
-        tree = pytree.tree_unflatten(range(len(specs)), spec)
-        paths = ["_".join(_key(k) for k in path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    except ValueError:  # a container that was registered without its keys
-        paths = [str(i) for i in range(len(specs))]
-    if len(paths) != len(specs):
-        paths = [str(i) for i in range(len(specs))]
-    taken = set(_input_names(program))
-    names: list[str] = []
-    for path, s in zip(paths, specs, strict=True):
-        if isinstance(s.arg, ConstantArgument):
-            continue
-        name = path if path and not path[0].isdigit() else f"output_{path}" if path else "output"
-        while name in taken:
-            name += "_out"
-        taken.add(name)
-        names.append(name)
-    return names
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(entry, attribute):
-            return "".join(c if c.isalnum() or c in "_." else "_" for c in str(getattr(entry, attribute)))
-    return str(entry)
-
-
 def _compare_dynamic_shapes(
     module: torch.nn.Module | torch.export.ExportedProgram,
     program: torch.export.ExportedProgram,
@@ -267,7 +184,7 @@ def _compare_dynamic_shapes(
     if dynamic_shapes is None or isinstance(module, torch.export.ExportedProgram):
         return {}
     parameters = list(inspect.signature(module.forward).parameters)
-    specs = _input_specs(program)
+    specs = user_inputs(program)
     assert program.call_spec.in_spec is not None
     tree = pytree.tree_unflatten(range(len(specs)), program.call_spec.in_spec)
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
@@ -376,25 +293,6 @@ def _check_model(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)  # by path: a model in memory must be below 2 GiB
 
 
-def _publish(staged: Path, target: Path) -> Path | None:
-    """Move the finished files into place; a failure puts back what was there."""
-    new_data, data = _data_path(staged), _data_path(target)
-    old_data = staged.with_name("replaced.data")
-    try:
-        if data.exists():
-            os.replace(data, old_data)
-        if new_data.exists():
-            os.replace(new_data, data)
-        os.replace(staged, target)
-    except OSError as e:
-        if data.exists():
-            data.unlink()
-        if old_data.exists():
-            os.replace(old_data, data)
-        raise InputError(f"cannot write {target}: {e}; give another path") from e
-    return data if data.exists() else None
-
-
 def _describe(model: Any, path: Path, data: Path | None, notes: list[str]) -> OnnxArtifact:
     counts: dict[str, int] = {}
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
@@ -417,11 +315,3 @@ def _describe(model: Any, path: Path, data: Path | None, notes: list[str]) -> On
         attention_ops=counts,
         notes=tuple(notes),
     )
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of the innermost error: torch.onnx wraps the reason in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sqa_fx.call_tensors import lay_out, path_name
 from sqa_fx.errors import InputError, MissingError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -143,24 +144,7 @@ class OnnxRunner:
         return [torch.from_numpy(value) for value in self._session.run(None, feed)]
 
     def _feed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        tensors: dict[str, Tensor] = {}
-        in_order: list[Tensor] = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        for path, leaf in pytree.tree_flatten_with_path(dict(kwargs))[0]:
-            if not isinstance(leaf, Tensor):
-                continue  # a constant, written into the model when it was exported
-            name = path_name(path)
-            if name in self.input_names:
-                tensors[name] = leaf
-            else:
-                in_order.append(leaf)
-        rest = [name for name in self.input_names if name not in tensors]
-        if len(rest) != len(in_order):
-            have = len(tensors) + len(in_order)
-            raise InputError(
-                f"{self.path.name} takes {len(self.input_names)} tensors, {', '.join(self.input_names)}, but got {have}"
-                + (f", of which {', '.join(tensors)} by name" if tensors else "")
-            )
-        tensors.update(zip(rest, in_order, strict=True))
+        tensors = lay_out(self.input_names, args, kwargs, self.path.name)
         sizes: dict[str, tuple[int, str]] = {}
         return {i.name: self._checked(i, tensors[i.name], sizes) for i in self._inputs}
 
@@ -219,12 +203,3 @@ def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
                 "tensors, tuples or dicts, or register the class"
             )
     return result
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """``hidden_states_0`` for the pytree path of ``output["hidden_states"][0]``."""
-    parts = []
-    for entry in path:
-        values = [getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a)]
-        parts.append(str(values[0] if values else entry))
-    return "_".join(parts)
