@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from sqa_fx.bench import BenchReport, BenchRow
 from sqa_fx.errors import InputError, MissingError
+from sqa_fx.whole_file import write_whole
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -22,23 +23,38 @@ def plot_latency(
     x_label: str = "sequence length",
     overwrite: bool = False,
 ) -> Path:
-    """Draw the median latency of every runner as PNG, each bar or point marked with its speed-up over the first runner.
-
-    Labels that are all numbers become a logarithmic x axis with lines, where there are three or more of them; otherwise
-    there are groups of bars. The file appears complete or not at all.
+    """Write what `latency_png` draws to ``path``, which ends in .png. The file appears complete or not at all.
 
     Raises MissingError without matplotlib, and InputError for a path that cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingError("plotting needs matplotlib, which is not installed: pip install matplotlib") from e
+    require_matplotlib()
     target = Path(path)
     if target.suffix != ".png":
         raise InputError(f"the plot is a PNG file, but the path is {target}; give a path that ends in .png")
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists already; pass overwrite=True to replace it, or give another path")
+    return write_whole(target, latency_png(report, title=title, x_label=x_label), overwrite=overwrite)
+
+
+def require_matplotlib() -> None:
+    """Raise MissingError, with the pip line, where matplotlib is not installed."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        raise MissingError("plotting needs matplotlib, which is not installed: pip install matplotlib") from e
+
+
+def latency_png(report: BenchReport, *, title: str = "Latency", x_label: str = "sequence length") -> bytes:
+    """The median latency of every runner as the bytes of a PNG, each bar or point marked with its speed-up over the
+    first runner.
+
+    Labels that are all numbers become a logarithmic x axis with lines, where there are three or more of them; otherwise
+    there are groups of bars. Raises MissingError without matplotlib.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(row.label for row in report.rows))
     runners = list(dict.fromkeys(row.runner for row in report.rows))
@@ -58,8 +74,9 @@ def plot_latency(
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper left")
-    _write(figure, target)
-    return target
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return drawn.getvalue()
 
 
 def _lines(axes: Any, rows: dict[tuple[str, str], BenchRow], runners: list[str], labels: list[str]) -> None:
@@ -110,21 +127,3 @@ def _decades() -> Any:
     from matplotlib.ticker import LogLocator
 
     return LogLocator(base=10, subs=(1.0, 2.0, 5.0))
-
-
-def _write(figure: Any, target: Path) -> None:
-    """Write beside the target and rename."""
-    try:
-        descriptor, staged = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".png", dir=target.parent)
-        os.close(descriptor)
-    except OSError as e:
-        raise InputError(f"cannot write in {target.parent}: {e}; give a path in a directory that you may write") from e
-    try:
-        figure.savefig(staged, format="png")
-        os.chmod(staged, 0o644)  # mkstemp keeps it to its owner
-        os.replace(staged, target)
-    except OSError as e:
-        raise InputError(f"cannot write {target}: {e}; free some space or give another path") from e
-    finally:
-        if os.path.exists(staged):
-            os.unlink(staged)
