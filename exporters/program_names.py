@@ -20,7 +20,7 @@ def tensor_inputs(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def tensor_outputs(program: torch.export.ExportedProgram) -> list[str]:
-    """Names of the tensors returned: the keys that lead to each, as in ``hidden_states_0``; ``output`` where there are none."""
+    """Names of the tensors returned: the keys that lead to each, as in ``hidden_states_0``, or ``output``."""
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     spec = program.call_spec.out_spec
     try:
