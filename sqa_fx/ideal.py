@@ -7,7 +7,8 @@ fewer query heads there, the best that can come of it is (Amdahl's law)
 
 and the share reached is the measured speed-up over the ideal one. The projections get smaller too: those of queries and
 outputs r_s times, those of keys and values by the ratio of KV heads. The ideal counts that only with
-``projections=True``, and only where their time is given; without, a share above 1 is no error.
+``projections=True``, and only where their time is given. A share above 1 is no error: it comes of projections that were
+not counted, or of a mask that the conversion proved causal, so that a faster kernel runs.
 """
 
 from __future__ import annotations
