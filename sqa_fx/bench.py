@@ -166,8 +166,8 @@ def bench(
     when there is no warm-up to tell), and counts as one time per call. ``tokens`` counts the tokens of each input set
     (batch * seq), for tokens per second; ``labels`` names the input sets, by default ``tokens``. With inputs on CUDA,
     runners on torch's current stream (``on_torch_stream``; eager and compiled ones) are timed by events, all else by
-    the clock. Peak memory is what torch's allocator saw; another runtime tells by ``device_memory()``, in bytes, if it
-    has that. ``progress`` shows a bar on stderr.
+    the clock. Peak memory of eager and compiled runners is what torch's allocator saw; another runtime tells by
+    ``device_memory()``, in bytes, if it has that. ``progress`` shows a bar on stderr.
 
     Raises InputError when there is nothing to run, names of runners repeat, or counts do not match.
     """
@@ -258,7 +258,7 @@ def _take_turns(timed: Sequence[_Timed], iterations: int, burst: int | None, bar
         told = getattr(entry.runner, "device_memory", None)
         if told is not None:
             entry.memory = told()
-        elif entry.events:
+        elif entry.events and entry.runner.kind in ("eager", "compiled"):  # others allocate where torch does not see
             entry.memory = peak_memory(entry.call)
     collecting = gc.isenabled()
     gc.collect()

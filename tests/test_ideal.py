@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_models import CASES
+from attention_models import FusedAttention, Stack
 from attention_models import converted as convert_now
 
 from sqa_fx import ideal
@@ -56,34 +56,33 @@ def test_ratios_follow_the_wider_side() -> None:
     assert head_ratios(report) == {"half": 2, "reverse": 3}
 
 
+def stack(*heads: int) -> Stack:
+    """Attention layers of so many heads; inputs are token numbers [batch, length]."""
+    return Stack([FusedAttention(30, count) for count in heads], 30).eval()
+
+
 def test_pairs_of_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["bert"]
-    model, inputs = case.build("sdpa"), case.inputs(2, 7)
-    half = convert_now(model, hq={"*layer.0*": 4, "*": 6}, hkv={"*layer.0*": 4, "*": 6}, kwargs=inputs)
-    baseline = torch.export.export(model, (), inputs)
+    model, ids = stack(6, 10), torch.randint(0, 30, (2, 7))
+    converted = convert_now(model, hq={"*.0": 2, "*.1": 5}, hkv={"*.0": 2, "*.1": 5}, args=(ids,))
 
     def times(calls: Sequence[AttentionCall], iterations: int) -> list[float]:
-        assert [call.query_heads for call in calls] == [12, 12] and iterations == 4
+        assert [call.query_heads for call in calls] == [6, 10] and iterations == 4
         return [0.5, 0.25]
 
     monkeypatch.setattr(ideal, "time_attention", times)
-    names = [site.name for site in half.report.sites]
-    assert site_times(baseline, half, ((), inputs), 4) == [SiteTime(names[0], 0.5, 3.0), SiteTime(names[1], 0.25, 2.0)]
-    assert list(head_ratios(half.report).values()) == [3, 2]
+    pairs = site_times(torch.export.export(model, (ids,)), converted, ((ids,), {}), 4)
+    assert pairs == [SiteTime("layers.0", 0.5, 3.0), SiteTime("layers.1", 0.25, 2.0)]
+    assert head_ratios(converted.report) == {"layers.0": 3, "layers.1": 2}
 
 
 def test_graphs_that_are_not_one_model() -> None:
-    case, other = CASES["bert"], CASES["llama_gqa"]
-    inputs = case.inputs(2, 7)
-    converted = convert_now(case.build("sdpa"), hq=6, hkv=6, kwargs=inputs)
-    decomposed = torch.export.export(case.build("eager"), (), inputs)
-    with pytest.raises(InputError, match="not one op to time"):
-        site_times(decomposed, converted, ((), inputs))
-    ids = {"input_ids": other.inputs(2, 7)["input_ids"]}
-    llama = convert_now(other.build("sdpa"), hq=0.5, hkv=0.5, kwargs=ids)
-    bert = torch.export.export(case.build("sdpa"), (), ids)
-    with pytest.raises(InputError, match="only heads may differ"):
-        site_times(bert, llama, ((), ids), 1)
+    ids = torch.randint(0, 30, (2, 7))
+    model = stack(6)
+    converted = convert_now(model, hq=3, hkv=3, args=(ids,))
+    with pytest.raises(InputError, match="2 attentions and the converted graph 1"):
+        site_times(torch.export.export(stack(6, 6), (ids,)), converted, ((ids,), {}), 1)
+    with pytest.raises(InputError, match="only heads may differ"):  # heads of another size
+        site_times(torch.export.export(stack(10), (ids,)), converted, ((ids,), {}), 1)
 
 
 def report_of(*speedups: float) -> BenchReport:
