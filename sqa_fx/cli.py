@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sqa_fx import cli_compare, cli_convert
+from sqa_fx import cli_bench, cli_compare, cli_convert
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.inputs import SPEC_GRAMMAR
 from sqa_fx.models import FORMS
@@ -79,9 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure the latency of artifacts on the same inputs")
     cli_compare.add_artifacts(bench)
-    bench.add_argument("--iterations", type=int, default=20, help="measured calls of each artifact (default: 20)")
-    bench.add_argument("--warmup", type=int, default=3, help="calls before them (default: 3)")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies into this .png")
+    cli_bench.add_bench(bench)
     bench.set_defaults(run=cli_compare.run_bench)
 
     for command in (inspect, convert, export, bench):

@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sqa_fx.bench import bench
+from sqa_fx.cli_bench import check_files, with_cuda_graphs, write_files
 from sqa_fx.cli_values import as_module, input_sets, to_json
 from sqa_fx.errors import InputError
 from sqa_fx.inputs import Inputs
-from sqa_fx.latency_plot import plot_latency
 from sqa_fx.models import LoadedModel, load_model
 from sqa_fx.runners import CompiledRunner, EagerRunner, OnnxRunner, Runner
 from sqa_fx.validate import validate
@@ -87,19 +87,19 @@ def run_validate(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """``sqa-fx bench``: latency of all artifacts on the same inputs, in turns."""
     artifacts = [read_artifact(text) for text in options.artifacts]
-    if options.plot is not None and options.plot.exists() and not options.overwrite:
-        raise InputError(f"{options.plot} exists: choose another path, or pass --overwrite")
+    check_files(options)
     sets = _inputs(artifacts, options)
     report = bench(
-        _runners(artifacts),
+        with_cuda_graphs(_runners(artifacts), options.cuda_graphs),
         sets,
         warmup=options.warmup,
+        max_warmup=options.max_warmup,
         iterations=options.iterations,
+        burst=options.burst,
         labels=_labels(sets),
         progress=sys.stderr.isatty(),
     )
-    if options.plot is not None:
-        plot_latency(report, options.plot, x_label="input", overwrite=options.overwrite)
+    write_files(report, options)
     print(to_json(report.to_json()) if options.json else report.table())
     return 0
 
