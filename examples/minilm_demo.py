@@ -121,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{setting['cpu']}, {setting['threads']} threads; batch {setting['batch']}; "
         + ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-        + f"; {setting['iterations']} calls each, in turns.",
+        + f"; {setting['iterations']} turns each, in rotating order.",
         "",
         "| sequence | baseline p50 ms | SQA p50 ms | speedup | baseline p90 ms | SQA p90 ms |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -192,6 +192,7 @@ def run(out: Path, hq: int, hkv: int, batch: int, lengths: Sequence[int], iterat
     latency: BenchReport = bench(
         [baseline, sqa],
         sets,
+        max_warmup=20,
         iterations=iterations,
         tokens=[batch * length for length in lengths],
         labels=lengths,
