@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
@@ -50,9 +49,9 @@ def export_aoti(
     """Compile ``program`` to the package ``path`` (``.pt2``) and write ``<path>.json`` beside it; the sidecar.
 
     The package runs on the kind of device that the program is on, and only there: a GPU of the same compute capability,
-    or a CPU with the vector instructions of this one. ``ranges`` narrows dynamic sizes (they start at 1, since compiled
-    code divides by sizes), ``options`` are those of Inductor, ``plan`` and ``notes`` go into the sidecar. Both files
-    appear complete or not at all.
+    or a CPU with the vector instructions of this one. ``ranges`` narrows dynamic sizes, which start at 1 (at 0 compiled
+    code may end the process by a division), ``options`` are those of Inductor, ``plan`` and ``notes`` go into the
+    sidecar. Both files appear complete or not at all.
 
     Raises InputError (path, ranges, options, training mode, inputs of several devices or in another memory order than
     the plain one), MissingError (no C++ compiler) and AotiExportError (compilation failed).
@@ -60,7 +59,7 @@ def export_aoti(
     target = check_target(Path(path), overwrite, beside=(sidecar_path(path),), suffix=SUFFIX)
     refuse_training_mode(program)
     _require_known(options or {})
-    inputs = input_specs(_starting_at_one(program), ranges)
+    inputs = input_specs(program, ranges)
     device = _device(program)
     _require_plain_order(program)
     _require_compiler()
@@ -124,20 +123,6 @@ def attention_forms(graph: fx.Graph) -> list[str]:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _starting_at_one(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with 1 as the least size where torch.export writes 0 to 2.
-
-    It writes 2 for any free size, because it reasons about sizes other than 0 and 1, and does not check it. Size 0 ends
-    the process in compiled code, by a division.
-    """
-    lowest = copy.copy(program)
-    lowest._range_constraints = {
-        symbol: type(bounds)(1, bounds.upper) if bounds.lower <= 2 else bounds
-        for symbol, bounds in program.range_constraints.items()
-    }
-    return lowest
 
 
 def _values(program: torch.export.ExportedProgram) -> dict[str, Any]:

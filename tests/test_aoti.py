@@ -95,6 +95,32 @@ def runner(package: Path) -> AotiRunner:
     return AotiRunner(package)
 
 
+@needs_compiler
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval().to("cuda", dtype)
+
+    def inputs(b: int, s: int) -> dict[str, Tensor]:
+        return {k: v.cuda().to(dtype) if v.is_floating_point() else v.cuda() for k, v in example(b, s).items()}
+
+    done = sqa_fx.convert(model, hq=4, hkv=2, kwargs=inputs(3, 11))
+    assert isinstance(done, ConvertedModule)
+    sidecar = export_aoti(done.exported_program(), tmp_path / "model.pt2")
+    major, minor = torch.cuda.get_device_capability()
+    assert sidecar.built_for == f"sm_{major}{minor}"
+    runner = AotiRunner(tmp_path / "model.pt2")
+    assert runner.dtype == dtype
+    report = validate(done, [runner], [((), inputs(b, s)) for b, s in [(3, 11), (1, 1), (2, 1), (1, 13), (5, 257)]])
+    assert report.passed, report.table()
+    on_cpu = runner.run((), {k: v.cpu() for k, v in inputs(3, 11).items()})
+    assert all(t.device.type == "cuda" for t in on_cpu)
+    torch.testing.assert_close(on_cpu[0], runner.run((), inputs(3, 11))[0])
+    with pytest.raises(InputError, match="must be equal"):
+        runner.run((), {**inputs(3, 11), "keep": inputs(3, 12)["keep"]})
+
+
 @pytest.mark.parametrize(("b", "s"), [(3, 11), (1, 1), (2, 1), (1, 13), (5, 64)])
 def test_gives_what_eager_gives(runner: AotiRunner, converted: ConvertedModule, b: int, s: int) -> None:
     inputs = example(b, s)
