@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="compare artifacts with the first one, which runs in float64")
     cli_compare.add_artifacts(validate)
     validate.add_argument("--atol", type=float, help="slack on top of twice eager's own error (default: by dtype)")
+    cli_compare.add_validation(validate)
     validate.set_defaults(run=cli_compare.run_validate)
 
     bench = commands.add_parser("bench", help="measure the latency of artifacts on the same inputs")

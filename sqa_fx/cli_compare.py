@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from sqa_fx.bench import bench
 from sqa_fx.cli_bench import check_files, with_cuda_graphs, write_files
 from sqa_fx.cli_values import as_module, input_sets, to_json
-from sqa_fx.errors import InputError
-from sqa_fx.inputs import Inputs
+from sqa_fx.divergence import Divergence, first_divergent_site, onnx_engine
+from sqa_fx.errors import InputError, SqaError
+from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
+from sqa_fx.inputs import Inputs, bind_inputs, vocabulary_size
 from sqa_fx.models import LoadedModel, load_model
-from sqa_fx.runners import CompiledRunner, EagerRunner, OnnxRunner, Runner
-from sqa_fx.validate import validate
+from sqa_fx.module import ConvertedModule
+from sqa_fx.runners import CompiledRunner, EagerRunner, OnnxRunner, Runner, module_dtype
+from sqa_fx.shape_sets import SHAPES, input_sets_at_shapes, is_floating, laid_out, shared_specs
+from sqa_fx.validate import ValidationReport, validate
 
 _KINDS = ("eager", "compiled", "onnx")
 
@@ -52,6 +58,21 @@ def add_artifacts(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_validation(parser: argparse.ArgumentParser) -> None:
+    """The arguments that only ``validate`` has, besides the tolerance."""
+    parser.add_argument(
+        "--shapes",
+        metavar="LIST",
+        help="of min,opt,max,odd: sizes within the range that the sidecar of an artifact tells (default: all, without "
+        "--input)",
+    )
+    parser.add_argument(
+        "--locate",
+        action="store_true",
+        help="name the first attention that a failed .onnx computes differently, by exporting the reference again",
+    )
+
+
 def read_artifact(text: str) -> Artifact:
     """The artifact that ``[eager:|compiled:|onnx:]NAME`` names.
 
@@ -79,8 +100,23 @@ def run_validate(options: argparse.Namespace) -> int:
     reference = artifacts[0].module
     if reference is None:
         raise InputError(f"{artifacts[0].name}: the reference runs in float64, so it must be a model; put it first")
-    report = validate(reference, _runners(artifacts[1:]), _inputs(artifacts, options), atol=options.atol)
-    print(to_json(report.to_json()) if options.json else report.table())
+    loaded = artifacts[0].loaded
+    original = loaded.module if loaded is not None else None
+    if options.locate and not isinstance(original, ConvertedModule | ExportedProgram):
+        raise InputError(f"--locate: {artifacts[0].name} is no conversion and no .pt2: run `sqa-fx convert` first")
+    sets, labels = _shaped_inputs(artifacts, options)
+    runners = _runners(artifacts[1:])
+    report = validate(reference, runners, sets, atol=options.atol, labels=labels)
+    if not options.json:
+        print(report.table())
+    found: dict[str, Divergence | str] = {}
+    if options.locate and isinstance(original, ConvertedModule | ExportedProgram):
+        found = _located(original, report, {r.name for r in runners if r.kind == "onnx"}, sets, options.atol)
+    if options.json:
+        places = {name: at if isinstance(at, str) else at.to_json() for name, at in found.items()}
+        print(to_json({**json.loads(report.to_json()), **({"divergence": places} if options.locate else {})}))
+    else:
+        print("".join(f"{name}: {at}\n" for name, at in found.items()), end="")
     return 0 if report.passed else 1
 
 
@@ -123,6 +159,54 @@ def _runners(artifacts: Sequence[Artifact]) -> list[Runner]:
 def _inputs(artifacts: Sequence[Artifact], options: argparse.Namespace) -> list[Inputs]:
     loaded = next((artifact.loaded for artifact in artifacts if artifact.loaded), None)
     return input_sets(loaded, options.input)
+
+
+def _located(
+    model: ConvertedModule | ExportedProgram,
+    report: ValidationReport,
+    candidates: Collection[str],
+    sets: Sequence[Inputs],
+    atol: float | None,
+) -> dict[str, Divergence | str]:
+    """For each of ``candidates`` that failed: the first site that differs when ``model`` is exported again, on the
+    first input set that failed; else why there is none."""
+    found: dict[str, Divergence | str] = {}
+    for c in report.comparisons:
+        if c.passed or c.candidate not in candidates or c.candidate in found:
+            continue
+        try:
+            at = first_divergent_site(model, onnx_engine, sets[c.input_set], atol=atol)
+        except SqaError as error:  # the comparison stands, wherever it fails
+            found[c.candidate] = f"not located: {error}"
+        else:
+            found[c.candidate] = at or "agrees when the reference is exported now: the file is of another model"
+    return found
+
+
+def _shaped_inputs(artifacts: Sequence[Artifact], options: argparse.Namespace) -> tuple[list[Inputs], list[str] | None]:
+    """The inputs at the shapes that the sidecars beside the artifacts tell of, with labels; without a sidecar, or with
+    ``--input``, those of `_inputs`, without. Raises InputError for ``--shapes`` where it has no meaning."""
+    files = [Path(a.name.removeprefix(f"{a.kind}:")) for a in artifacts if a.loaded is None]
+    sidecars = [Sidecar.read(file, check=False) for file in files if sidecar_path(file).is_file()]
+    if options.shapes and options.input:
+        raise InputError("--shapes and --input both say what the inputs are: give one of them")
+    if options.shapes and not sidecars:
+        raise InputError("--shapes: no artifact has a sidecar (FILE.json) that tells its shapes: give --input")
+    loaded = artifacts[0].loaded
+    if options.input or not sidecars or loaded is None:
+        return _inputs(artifacts, options), None
+    model = loaded.module
+    shapes = [part.strip() for part in options.shapes.split(",")] if options.shapes else list(SHAPES)
+    specs = shared_specs(sidecars[0].inputs, [sidecar.inputs for sidecar in sidecars[1:]])
+    own = module_dtype(as_module(model))  # validate casts from the reference's dtype to that of each candidate
+    specs = tuple(replace(spec, dtype=str(own)) if is_floating(spec) else spec for spec in specs)
+    known = vocabulary_size(model) if isinstance(model, nn.Module) else None
+    made = input_sets_at_shapes(specs, vocabulary=known, shapes=shapes, odd="odd" in shapes)
+    if loaded.args is not None or loaded.kwargs is not None:
+        sets = [laid_out(tensors, loaded.args or (), loaded.kwargs or {}) for _, tensors in made]
+    else:
+        sets = [bind_inputs(model, tensors) for _, tensors in made]
+    return sets, [f"{which} {label}" for (which, _), label in zip(made, _labels(sets), strict=True)]
 
 
 def _labels(sets: Sequence[Inputs]) -> list[str]:

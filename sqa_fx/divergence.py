@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from sqa_fx.passes.capture import capture, clone_graph
 from sqa_fx.passes.capture_ways import quiet
 from sqa_fx.passes.find import GraphFacts, find_cores
 from sqa_fx.passes.locate import Place, named, place
-from sqa_fx.runners import Runner, module_dtype
+from sqa_fx.runners import OnnxRunner, Runner, module_dtype
 from sqa_fx.storage import dynamic_shapes_of
 from sqa_fx.validate import InputSet, OutputComparison, validate
 
@@ -62,6 +65,10 @@ class Divergence:
     sites: int
     reference_dtype: str
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as JSON-ready data; numbers that are not finite become null."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
         engines = f"{self.engines} engine{'s' * (self.engines != 1)} built for {self.sites} sites"
@@ -130,6 +137,15 @@ def first_divergent_site(
     )
 
 
+def onnx_engine(program: ExportedProgram) -> Runner:
+    """A ``build`` for ONNX Runtime on the CPU; the file is gone once the session holds it. Raises what
+    `sqa_fx.exporters.to_onnx.export_onnx` and `sqa_fx.runners.OnnxRunner` do."""
+    from sqa_fx.exporters.to_onnx import export_onnx
+
+    with tempfile.TemporaryDirectory(prefix="sqa-fx-") as folder:
+        return OnnxRunner(export_onnx(program, Path(folder) / "probe.onnx", check=False).path)
+
+
 def attention_outputs(module: fx.GraphModule) -> list[AttentionOutput]:
     """The attentions of a captured graph in execution order, under the names that reports give them (a site of several
     attentions has them as "name", "name#2")."""
@@ -162,8 +178,9 @@ class _Subject:
         if module.training:
             module = copy.deepcopy(module).eval()
         bound = module._binder.bind(args, kwargs, module_dtype(module))
-        example = pytree.tree_map(_as_now, (tuple(module.example_args), dict(module.example_kwargs)), bound)
-        return cls(module.graph_module, *example, module.dynamic_shapes, bound)
+        examples = (tuple(module.example_args), dict(module.example_kwargs))
+        positional, named_ones = pytree.tree_map(_as_now, examples, bound)
+        return cls(module.graph_module, positional, named_ones, module.dynamic_shapes, bound)
 
     def probe(
         self, site: AttentionOutput, build: Build, atol: float | None

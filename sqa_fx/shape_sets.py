@@ -7,13 +7,16 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from sqa_fx.call_tensors import path_name
 from sqa_fx.errors import InputError
 from sqa_fx.exporters.sidecar import AxisRange, TensorSpec
-from sqa_fx.inputs import make_input
+from sqa_fx.inputs import Inputs, make_input
 
 SHAPES = ("min", "opt", "max", "odd")
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -75,6 +78,7 @@ def input_sets_at_shapes(
 
 def shared_specs(specs: Sequence[TensorSpec], others: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
     """``specs`` with every range narrowed to what the same axis of the same input accepts in all of ``others``.
+    Floating dtypes may differ.
 
     Raises InputError for inputs that differ in name, rank or dtype, or ranges without a size in common.
     """
@@ -90,9 +94,33 @@ def shared_specs(specs: Sequence[TensorSpec], others: Sequence[Sequence[TensorSp
     )
 
 
+def laid_out(tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    """``tensors`` in the form of a call ``(args, kwargs)``: by name where a keyword has it, the others in order; what
+    is no tensor stays. Raises InputError when the call has another number of tensors."""
+    paths, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    rest = dict(tensors)
+    leaves: list[Any] = [leaf for _, leaf in paths]
+    waiting = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for i in list(waiting):
+        which, *path = paths[i][0]
+        name = path_name(tuple(path))
+        if path_name((which,)) == "1" and name in rest:  # 0 are the arguments by position
+            leaves[i] = rest.pop(name)
+            waiting.remove(i)
+    if len(waiting) != len(rest):
+        raise InputError(
+            f"the model is called with {len(tensors) - len(rest) + len(waiting)} tensors, and the artifact takes "
+            f"{len(tensors)}, {', '.join(tensors)}; give --input"
+        )
+    for i, value in zip(waiting, rest.values(), strict=True):
+        leaves[i] = value
+    made: Inputs = pytree.tree_unflatten(leaves, spec)
+    return made
+
+
 def _narrowed(own: AxisRange, spec: TensorSpec, axis: int, others: Sequence[TensorSpec]) -> AxisRange:
     like = next((s for s in others if s.name == spec.name), None)
-    if like is None or len(like.shape) != len(spec.shape) or like.dtype != spec.dtype:
+    if like is None or len(like.shape) != len(spec.shape) or not _alike(like, spec):
         raise InputError(
             f"the artifacts do not take the same inputs: {spec.name} {spec.dtype} with {len(spec.shape)} axes in one, "
             + (f"{like.dtype} with {len(like.shape)} axes in another" if like else "and no such input in another")
@@ -105,6 +133,16 @@ def _narrowed(own: AxisRange, spec: TensorSpec, axis: int, others: Sequence[Tens
         raise InputError(f"input {spec.name} axis {axis}: no size fits both {own} and {size}; validate them one by one")
     opt = max(low, own.opt if high is None else min(own.opt, high))
     return AxisRange(own.name, low, opt, high)
+
+
+def is_floating(spec: TensorSpec) -> bool:
+    """Whether the tensor holds real numbers."""
+    dtype = getattr(torch, spec.dtype.removeprefix("torch."), None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _alike(a: TensorSpec, b: TensorSpec) -> bool:
+    return a.dtype == b.dtype or (is_floating(a) and is_floating(b))
 
 
 def _lesser(a: int | None, b: int | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.export import ExportedProgram
 
 import sqa_fx
 from sqa_fx import ConvertedModule
-from sqa_fx.divergence import Build, attention_outputs, first_divergent_site
-from sqa_fx.errors import InputError, NoAttentionError
+from sqa_fx.cli import main
+from sqa_fx.divergence import Build, attention_outputs, first_divergent_site, onnx_engine
+from sqa_fx.errors import InputError, MissingError, NoAttentionError
 from sqa_fx.passes.ops import op_name, set_argument
 from sqa_fx.runners import EagerRunner, Runner
 
@@ -236,24 +238,97 @@ def test_no_attention() -> None:
         first_divergent_site(program, engine(None, []), ((noise(2, 7),), {}))
 
 
-def test_onnx_engines(converted: ConvertedModule, tmp_path: Path) -> None:
+def test_onnx_engines(converted: ConvertedModule) -> None:
     """The graph of one site is spoiled before its export, as a wrong translation would."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    from sqa_fx.exporters.to_onnx import export_onnx
-    from sqa_fx.runners import OnnxRunner
 
-    count = iter(range(100))
-
-    def build(number: int | None) -> Build:
-        def made(program: ExportedProgram) -> Runner:
-            if number is not None:
-                causal(number)(program.graph_module)
-            return OnnxRunner(export_onnx(program, tmp_path / f"{next(count)}.onnx").path)
-
-        return made
+    def broken(program: ExportedProgram) -> Runner:
+        causal(2)(program.graph_module)
+        return onnx_engine(program)
 
     inputs: tuple[tuple[Tensor], dict[str, Any]] = ((noise(3, 5),), {})
-    found = first_divergent_site(converted, build(2), inputs)
+    found = first_divergent_site(converted, broken, inputs)
     assert found is not None and found.site == SITES[2]
-    assert first_divergent_site(converted, build(None), inputs) is None
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["engines"] == found.engines == 2
+    assert first_divergent_site(converted, onnx_engine, inputs) is None
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(converted: ConvertedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, the current one, with a conversion ("out"), its export and one with a causal site; both with a
+    sidecar."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from sqa_fx.exporters.ranges import input_specs
+    from sqa_fx.exporters.sidecar import Sidecar
+    from sqa_fx.exporters.to_onnx import export_onnx
+
+    monkeypatch.chdir(tmp_path)
+    converted.save("out")
+    program = converted.exported_program()
+    inputs = input_specs(program, {"x.0": (2, 2, 5), "x.1": (3, 7, 16)})
+    for name in ("good.onnx", "bad.onnx"):
+        if name == "bad.onnx":
+            causal(2)(program.graph_module)
+        Sidecar("onnx", inputs, ()).write(export_onnx(program, name).path)
+    return tmp_path
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main(["validate", *arguments, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_command_compares_at_the_shapes_of_the_sidecar(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "out", "good.onnx")
+    assert found["passed"] and found["labels"] == ["min 2x3x24", "opt 2x7x24", "max 5x16x24", "odd 3x11x24"]
+    assert "divergence" not in found
+    assert report(capsys, "out", "good.onnx", "--shapes", "max, min")["labels"] == ["min 2x3x24", "max 5x16x24"]
+    given = report(capsys, "out", "good.onnx", "--input", "x:float32[4,9,24]")
+    assert given["labels"] == [] and given["comparisons"][0]["compared"] == 4 * 9 * 5
+    for arguments, message in (
+        (["--shapes", "huge"], "no shapes huge"),
+        (["--shapes", "min", "--input", "x:float32[4,9,24]"], "give one of them"),
+    ):
+        assert main(["validate", "out", "good.onnx", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    (files / "good.onnx.json").unlink()
+    assert main(["validate", "out", "good.onnx", "--shapes", "min"]) == 2
+    assert "no artifact has a sidecar" in capsys.readouterr().err
+    assert report(capsys, "out", "good.onnx")["labels"] == []
+
+
+def test_command_locates(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference exported again agrees, so the file is at fault; where the exporter is, the site is named."""
+    small = ("--shapes", "opt", "--locate")
+    assert report(capsys, "out", "good.onnx", *small)["divergence"] == {}
+    assert report(capsys, "out", "good.onnx", "bad.onnx", *small, code=1)["divergence"] == {
+        "bad.onnx": "agrees when the reference is exported now: the file is of another model"
+    }
+
+    def broken(program: ExportedProgram) -> Runner:
+        return engine(causal(2), [])(program)
+
+    monkeypatch.setattr("sqa_fx.cli_compare.onnx_engine", broken)
+    found = report(capsys, "out", "bad.onnx", *small, code=1)["divergence"]["bad.onnx"]
+    assert (found["site"], found["agrees_until"]) == ("blocks.2", "blocks.1")
+    assert main(["validate", "out", "bad.onnx", *small]) == 1
+    assert "bad.onnx: the engine first differs at site 'blocks.2'" in capsys.readouterr().out
+
+    def absent(program: ExportedProgram) -> Runner:
+        raise MissingError("no onnx here")
+
+    monkeypatch.setattr("sqa_fx.cli_compare.onnx_engine", absent)
+    found = report(capsys, "out", "bad.onnx", *small, code=1)
+    assert found["divergence"] == {"bad.onnx": "not located: no onnx here"} and found["comparisons"]
+
+
+def test_command_locates_in_conversions_only(capsys: pytest.CaptureFixture[str]) -> None:
+    same = "torch.nn:Identity"
+    assert main(["validate", same, same, "--locate", "--input", "input:float32[2]"]) == 2
+    assert "--locate: torch.nn:Identity is no conversion" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sqa_fx.errors import InputError
 from sqa_fx.exporters.sidecar import AxisRange, Sidecar, TensorSpec
-from sqa_fx.shape_sets import input_sets_at_shapes, shared_specs
+from sqa_fx.shape_sets import input_sets_at_shapes, laid_out, shared_specs
 
 BATCH, LENGTH = AxisRange("s1", 1, 2, 8), AxisRange("s2", 4, 16, 64)
 TEXT = (
@@ -122,6 +122,9 @@ def test_ranges_that_several_artifacts_share() -> None:
         TensorSpec("attention_mask", "torch.int64", (AxisRange("m", 2, 3, 5), AxisRange("n", 1, 9, 32))),
     )
     shared = shared_specs(TEXT, [other])
+    assert shared_specs(TEXT[2:], [[TensorSpec("features", "torch.float32", TEXT[2].shape)]]) == TEXT[2:]
+    with pytest.raises(InputError, match="do not take the same inputs"):
+        shared_specs(TEXT[:1], [[TensorSpec("input_ids", "torch.int32", TEXT[0].shape)]])
     assert shared[0].shape == (AxisRange("s1", 4, 4, 4), AxisRange("s2", 8, 16, 32))
     assert shared[1].shape == shared[0].shape and shared[2].shape == (shared[0].shape[0], 3, shared[0].shape[1])
     assert shared_specs(TEXT, []) == TEXT
@@ -129,3 +132,16 @@ def test_ranges_that_several_artifacts_share() -> None:
         shared_specs(TEXT, [other[:1]])
     with pytest.raises(InputError, match="no size fits both"):
         shared_specs(TEXT[2:], [[TensorSpec("features", "torch.float16", (2, 3, 65))]])
+
+
+def test_calls_are_laid_out_by_name_and_then_in_order() -> None:
+    a, b, c, d = (torch.full((2,), float(i)) for i in range(4))
+    tensors = {"x": a, "keep": b, "pair_0": c, "pair_1": d}
+    old = torch.zeros(3)
+    args, kwargs = laid_out(tensors, (old, 7), {"pair": (old, old), "flag": True, "keep": old})
+    assert args[0] is a and args[1] == 7
+    assert kwargs["pair"][0] is c and kwargs["pair"][1] is d and kwargs["keep"] is b and kwargs["flag"] is True
+    args, kwargs = laid_out(tensors, [(old, old)], {"pair": [old, old]})
+    assert args[0][0] is a and args[0][1] is b and kwargs["pair"][1] is d
+    with pytest.raises(InputError, match="called with 2 tensors, and the artifact takes 4"):
+        laid_out(tensors, (old,), {"keep": old})
