@@ -59,13 +59,21 @@ class AotiRunner:
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """See ``Runner.run``; keyword tensors go to the inputs of their names, all others to the rest in order.
 
-        Raises InputError when count, dtype, rank or shape of the tensors is not what the package takes.
+        Raises InputError when count, dtype, rank or shape of the tensors is not what the package takes, and when the
+        compiled code stops: it checks indices that it computes.
         """
         tensors = lay_out(self.input_names, args, kwargs, self.path.name)
         self.sidecar.check_inputs(tensors)
         check_conditions(self._conditions, tensors)
         with torch.no_grad():
-            outputs = self._loader.run([_plain(tensor, self.device) for tensor in tensors.values()])
+            plain = [_plain(tensor, self.device) for tensor in tensors.values()]
+            try:
+                outputs = self._loader.run(plain)
+            except RuntimeError as e:
+                given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+                raise InputError(
+                    f"{self.path.name} stops on {given}: {root_cause(e)}; compare with eager PyTorch, or use other sizes"
+                ) from e
         return [outputs[i] for i in self._positions]
 
 

@@ -191,6 +191,17 @@ def test_refuses_other_inputs(runner: AotiRunner, change: Any, message: str) -> 
         runner.run((), change(example()))
 
 
+def test_an_error_of_the_compiled_code_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stops:
+        def run(self, _: list[Tensor]) -> list[Tensor]:
+            raise RuntimeError("index out of bounds: tmp7 < ks2\nframe #0")
+
+    runner = AotiRunner(package)
+    monkeypatch.setattr(runner, "_loader", Stops())
+    with pytest.raises(InputError, match=r"stops on hidden \[3, 11, 19\], keep \[3, 11\]: .*tmp7 < ks2; compare"):
+        runner.run((), example())
+
+
 @pytest.fixture
 def copied(package: Path, tmp_path: Path) -> Path:
     for file in package.parent.iterdir():
