@@ -72,7 +72,7 @@ class AotiRunner:
             except RuntimeError as e:
                 given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
                 raise InputError(
-                    f"{self.path.name} stops on {given}: {root_cause(e)}; compare with eager PyTorch, or use other sizes"
+                    f"{self.path.name} stops on {given}: {root_cause(e)}; compare with eager PyTorch, or change sizes"
                 ) from e
         return [outputs[i] for i in self._positions]
 
