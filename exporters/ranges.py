@@ -34,13 +34,14 @@ def input_specs(program: torch.export.ExportedProgram, ranges: Ranges | None = N
     """
     tensors = _tensors(program)
     given = _by_symbol(tensors, ranges or {})
-    allowed = {str(s): (int(r.lower), int(r.upper) if r.upper.is_finite and r.upper < UNBOUNDED else None)
+    # torch.export says 2 where it means "not specialised on 0 and 1"; the graph is right at 1.
+    allowed = {str(s): (1 if int(r.lower) <= 2 else int(r.lower), int(r.upper) if r.upper.is_finite and r.upper < UNBOUNDED else None)
                for s, r in program.range_constraints.items()}  # fmt: skip
     axes: dict[str, AxisRange] = {}
     for tensor in tensors:
         for size, example in zip(tensor.shape, tensor.example, strict=True):
             if isinstance(size, str) and size not in axes:
-                lower, upper = allowed.get(size, (0, None))
+                lower, upper = allowed.get(size, (1, None))
                 axes[size] = _axis(size, example, lower, upper, given.get(size))
     return tuple(
         TensorSpec(t.name, t.dtype, tuple(n if isinstance(n, int) else axes[n] for n in t.shape)) for t in tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,11 @@ ATTENTION_OPSET = 23
 
 OLDEST_OPSET = 18
 """The oldest opset that torch.onnx writes natively."""
+
+AttentionForm = Literal["auto", "causal", "masked", "plain"]
+"""How attention is written. "causal": the Attention op, its ``is_causal`` set where attention is causal. "masked": the
+Attention op with the causal mask as a tensor. "plain": MatMul and Softmax. "auto": "causal" from opset 23 on, else
+"plain"."""
 
 # Values and opsets belong to onnxscript, which carries no usable types.
 Value = Any
@@ -55,14 +60,16 @@ class _Problem:
     mask_is_bool: bool
 
 
-def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table(opset: int, form: AttentionForm = "auto") -> dict[Callable[..., Any], Callable[..., Any]]:
     """The ``custom_translation_table`` entries for ``torch.onnx.export(..., opset_version=opset)``.
 
-    Raises InputError for an opset below 18, and MissingError is left to the caller: onnxscript is imported when an
-    attention is translated.
+    Raises InputError for an opset below 18 or one without the Attention op where ``form`` wants it, and MissingError is
+    left to the caller: onnxscript is imported when an attention is translated.
     """
     if opset < OLDEST_OPSET:
         raise InputError(f"opset {opset} is below {OLDEST_OPSET}, the oldest that torch.onnx writes; use 24 or 18")
+    if form in ("causal", "masked") and opset < ATTENTION_OPSET:
+        raise InputError(f"attention form {form!r} needs the Attention op of opset {ATTENTION_OPSET}, not {opset}")
 
     def sdpa(
         query: Value,
@@ -84,6 +91,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
+            form=form,
         )
 
     return {torch.ops.aten.scaled_dot_product_attention.default: sdpa}
@@ -100,6 +108,7 @@ def translate_sdpa(
     is_causal: bool,
     scale: Any,
     enable_gqa: bool,
+    form: AttentionForm = "auto",
 ) -> Value:
     """Write one attention with the operators of ``opset``; it means what torch means.
 
@@ -131,12 +140,14 @@ def translate_sdpa(
     rank = max(x.rank for x in (q, k, v))
     rank = max(rank, 2 if mask is None else mask.rank)
     problem, restore = _canonical(op, rank, q, k, v, mask, mask_is_bool, enable_gqa)
-    if opset >= ATTENTION_OPSET:
+    plain = form == "plain" or opset < ATTENTION_OPSET
+    if fused_causal and (plain or form == "masked"):
+        causal = _Operand(_lift(op, _causal_mask(op, query, key), 2, 4), (1, 1, q_len, kv_len))
+        problem = _Problem(problem.query, problem.key, problem.value, causal, True)
+        fused_causal = False
+    if not plain:
         out = _attention_op(op, problem, query.dtype, scale, fused_causal)
     else:
-        if fused_causal:
-            causal = _Operand(_lift(op, _causal_mask(op, query, key), 2, 4), (1, 1, q_len, kv_len))
-            problem = _Problem(problem.query, problem.key, problem.value, causal, True)
         out = _plain_ops(op, problem, query.dtype, scale, rows_may_be_empty=not is_causal)
     return restore(out)
 

@@ -56,8 +56,8 @@ class TensorSpec:
 class Sidecar:
     """The content of ``FILE.json``.
 
-    ``attention`` says in words how attention is computed, ``built_for`` is the GPU that the file runs on ("sm_90"; None: any),
-    ``plan`` is the plan's JSON (None: not converted), ``validation`` the verdict of a ValidationReport.
+    ``attention`` says in words how attention is computed, ``built_for`` is the GPU that the file runs on ("sm_90";
+    None: any), ``plan`` is the plan's JSON (None: not converted), ``validation`` the verdict of a ValidationReport.
     """
 
     format: str

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from sqa_fx.errors import CaptureError, InputError, MissingError, SqaError
+from sqa_fx.errors import InputError, MissingError, SqaError
+from sqa_fx.exporters.capture_program import capture_program, quiet
 from sqa_fx.exporters.program_checks import refuse_training_mode, root_cause
 from sqa_fx.exporters.program_names import tensor_inputs, tensor_outputs, user_inputs
-from sqa_fx.exporters.sdpa_translation import OLDEST_OPSET, translation_table
+from sqa_fx.exporters.sdpa_translation import OLDEST_OPSET, AttentionForm, translation_table
 from sqa_fx.exporters.target_file import check_target, publish, staging
 
 DEFAULT_OPSET = 24
@@ -62,6 +60,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset: int = DEFAULT_OPSET,
     fallback_opset: int | None = FALLBACK_OPSET,
+    form: AttentionForm = "auto",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -71,8 +70,9 @@ def export_onnx(
     """Export ``module``, called as ``module(*args, **kwargs)``, to ``path``.
 
     ``dynamic_shapes`` is that of ``torch.export.export``; an ExportedProgram brings its own, and needs no ``args``.
-    Where ``opset`` fails, ``fallback_opset`` is tried and ``notes`` says why. Weights of more than
-    ``external_data_over`` bytes go to ``<path>.data``. The files appear complete or not at all.
+    Where ``opset`` fails, ``fallback_opset`` is tried and ``notes`` says why. ``form`` says how attention is written
+    (see ``sdpa_translation.AttentionForm``). Weights of more than ``external_data_over`` bytes go to ``<path>.data``.
+    The files appear complete or not at all.
 
     Raises InputError (path, names, training mode), CaptureError (torch.export), OnnxExportError (no opset worked) and
     MissingError (onnx or onnxscript not installed).
@@ -84,7 +84,7 @@ def export_onnx(
     target = check_target(Path(path), overwrite, beside=(_data_path(Path(path)),))
 
     notes: list[str] = []
-    program = _capture(module, args, dict(kwargs or {}), dynamic_shapes, notes)
+    program = capture_program(module, args, dict(kwargs or {}), dynamic_shapes, notes)
     refuse_training_mode(program)
     inputs = _names("input", input_names, tensor_inputs(program))
     outputs = _names("output", output_names, tensor_outputs(program))
@@ -95,7 +95,7 @@ def export_onnx(
         with staging(target) as directory:
             staged = directory / target.name
             try:
-                model = _translate(program, version, inputs, outputs, axis_names)
+                model = _translate(program, version, form, inputs, outputs, axis_names)
                 _save(model, staged, external_data_over)
                 if check:
                     _check_model(staged)
@@ -126,41 +126,6 @@ def _require_onnx() -> None:
 
 def _data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
-
-
-# --- capture ---------------------------------------------------------------------------------------------------------
-
-
-def _capture(
-    module: torch.nn.Module | torch.export.ExportedProgram,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    notes: list[str],
-) -> torch.export.ExportedProgram:
-    if isinstance(module, torch.export.ExportedProgram):
-        if dynamic_shapes is not None:
-            raise InputError("dynamic_shapes has no effect on an ExportedProgram; give it to torch.export.export")
-        return module
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # With it, nn.TransformerEncoderLayer is one opaque operator that no translation knows.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with _quiet():
-            try:
-                return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            except Exception as first:
-                try:
-                    program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
-                except Exception:
-                    raise CaptureError(
-                        f"torch.export cannot capture {type(module).__name__}: {root_cause(first)}; check args, "
-                        "kwargs and dynamic_shapes against forward, or pass an ExportedProgram"
-                    ) from first
-                notes.append(f"captured in strict mode, because non-strict failed: {root_cause(first)}")
-                return program
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 # --- names and shapes ------------------------------------------------------------------------------------------------
@@ -230,36 +195,22 @@ def _asked(dynamic_shapes: Any, path: tuple[Any, ...], parameters: list[str]) ->
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.onnx prints and warns a lot that is not about the user's model."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _translate(
     program: torch.export.ExportedProgram,
     opset: int,
+    form: AttentionForm,
     input_names: list[str],
     output_names: list[str],
     axis_names: dict[str, str],
 ) -> Any:
     """The onnx_ir model at ``opset``."""
-    with _quiet():
+    with quiet():
         onnx_program = torch.onnx.export(
             program,
             input_names=input_names,
             output_names=output_names,
             opset_version=opset,
-            custom_translation_table=translation_table(opset),
+            custom_translation_table=translation_table(opset, form),
             verbose=False,
         )
     assert onnx_program is not None

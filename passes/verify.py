@@ -16,21 +16,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from sqa_fx.errors import VerifyError
-from sqa_fx.passes.attention_in_rows import in_rows
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.locate import named, place
 from sqa_fx.passes.ops import op_name
 from sqa_fx.passes.other_sizes import other_inputs
 from sqa_fx.passes.parameters import cut_tensor, mean
+from sqa_fx.passes.widened import Widened
 from sqa_fx.plan import ParameterPlan, Plan, from_ranges
 
 Precision = Literal["float64", "native"]
-_WIDER = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
 # Largest |difference| over the largest |value| that still counts as equal: both sides round differently, nothing more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -117,21 +111,16 @@ def _entries(tensor: Tensor, axis: int, ranges: Sequence[str]) -> Tensor:
     return tensor.index_select(axis, torch.tensor(from_ranges(ranges), device=tensor.device))
 
 
-class _Run(fx.Interpreter):
-    """Runs a graph with other weights, without dropout, in float64 if asked; keeps the values of ``watched`` nodes."""
+class _Run(Widened):
+    """Runs a graph with other weights, in float64 if asked; keeps the values of ``watched`` nodes."""
 
     def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor], wide: bool, watched: set[str]) -> None:
-        super().__init__(module)
-        self.weights, self.wide, self.watched = weights, wide, watched
+        super().__init__(module, wide)
+        self.weights, self.watched = weights, watched
         self.seen: dict[str, Tensor] = {}
         self.written: dict[str, Tensor] = {}
         self.replaced: Mapping[str, Tensor] = {}
         self.narrowed: Mapping[str, tuple[str, int, Sequence[int]]] = {}
-
-    def _widen(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype in _WIDER:
-            return value.to(_WIDER[value.dtype])
-        return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -150,32 +139,10 @@ class _Run(fx.Interpreter):
             self.written[str(n.args[0].target)] = result  # type: ignore[union-attr]
         return self.replaced.get(n.name, result)
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        return self._widen(value) if self.wide else value
-
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = self.weights[str(target)] if str(target) in self.weights else super().get_attr(target, args, kwargs)
-        return self._widen(value) if self.wide else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
-        if name in ("dropout", "alpha_dropout", "feature_dropout", "bernoulli"):
-            return args[0]
-        if name == "copy_":
-            return args[1]  # a model that writes to its buffers, which a proof must not do
-        if name == "scaled_dot_product_attention":
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        if self.wide:
-            args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
-        if name == "scaled_dot_product_attention" and self.wide:
-            return in_rows(*args, **kwargs)
-        if name in ("view", "_unsafe_view"):
-            return args[0].reshape(args[1])  # the fused kernels that the graph was traced for lay tensors out otherwise
-        return super().call_function(target, args, kwargs)
+        if str(target) not in self.weights:
+            return super().get_attr(target, args, kwargs)
+        return self.widened(self.weights[str(target)])
 
 
 def verify(

@@ -4,7 +4,7 @@ from sqa_fx.api import convert, inspect
 from sqa_fx.backend import backend
 from sqa_fx.compiled_plans import compiled_graphs, last_plan
 from sqa_fx.errors import SqaError
-from sqa_fx.export import export
+from sqa_fx.export import Artifact, export
 from sqa_fx.generation import convert_for_generation
 from sqa_fx.module import ConvertedModule, load
 from sqa_fx.partly import PartlyConvertedModule
@@ -13,6 +13,7 @@ from sqa_fx.report import Report
 from sqa_fx.version import __version__
 
 __all__ = [
+    "Artifact",
     "ConvertedModule",
     "PartlyConvertedModule",
     "Plan",

@@ -63,13 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=cli_convert.run_convert)
 
     export = commands.add_parser(
-        "export", help="write a model as ONNX, converted first if --hq, --hkv or --plan says so"
+        "export", help="write a model for an engine, converted first if --hq, --hkv or --plan says so"
     )
     cli_convert.add_model(export)
     cli_convert.add_request(export)
     cli_convert.add_conversion(export)
-    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .onnx file to write")
-    export.add_argument("--opset", type=int, default=24, help="ONNX operator set (default: 24)")
+    cli_convert.add_export(export)
     export.set_defaults(run=cli_convert.run_export)
 
     validate = commands.add_parser("validate", help="compare artifacts with the first one, which runs in float64")
@@ -83,14 +82,27 @@ def build_parser() -> argparse.ArgumentParser:
     cli_bench.add_bench(bench)
     bench.set_defaults(run=cli_compare.run_bench)
 
+    doctor = commands.add_parser("doctor", help="say which engines are usable here, and what is missing for the others")
+    doctor.add_argument("--timeout", type=float, default=120.0, help="seconds for each probe (default: 120)")
+    doctor.set_defaults(run=run_doctor)
+
     for command in (inspect, convert, export, bench):
         command.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
-    for command in (inspect, convert, export, validate, bench):
+    for command in (inspect, convert, export, validate, bench, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.epilog = _EPILOG
     return parser
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """``sqa-fx doctor``: what every engine can do here. Always 0: a missing engine is an answer."""
+    from sqa_fx.doctor import diagnose
+
+    report = diagnose(timeout=options.timeout)
+    print(report.to_json() if options.json else report.table())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import sqa_fx
-from sqa_fx.cli_values import head_choice, one_input_set, request, to_json
+from sqa_fx.cli_values import axis_ranges, head_choice, one_input_set, request, to_json
 from sqa_fx.errors import InputError, SqaError
-from sqa_fx.models import load_model
+from sqa_fx.export import FORMATS, PRECISIONS, in_precision
+from sqa_fx.models import LoadedModel, load_model
 from sqa_fx.progress import steps
 from sqa_fx.region_drawing import check_target
 
@@ -53,6 +56,58 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The arguments of an export: the format, and what the formats take."""
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--to", choices=FORMATS, help="the format (default: by suffix: .onnx, .pt2 is aoti, .ep)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="cast the model first (default: as it is)")
+    parser.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="INPUT.AXIS=MIN,OPT,MAX",
+        help="sizes of a dynamic axis; TensorRT needs one for each",
+    )
+    parser.add_argument("--opset", type=int, default=24, help="ONNX operator set (default: 24)")
+    parser.add_argument(
+        "--attention",
+        choices=("causal", "masked", "plain"),
+        help="how attention is written for ONNX and TensorRT (default: the first that the check finds right)",
+    )
+    parser.add_argument(
+        "--baseline", action="store_true", help="export the unconverted model too: FILE.baseline.SUFFIX"
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not run the file against the model")
+    parser.add_argument("--compute-capability", metavar="sm_XX", help="the GPU to build for (tensorrt-rtx)")
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT's, read and written")
+    parser.add_argument("--strict", action="store_true", help="fail when torch_tensorrt leaves operators to PyTorch")
+
+
+def export_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``sqa_fx.export``. Raises InputError for a malformed range, and for options that the
+    format does not have."""
+    given: dict[str, Any] = {
+        "to": options.to,
+        "ranges": axis_ranges(options.range),
+        "opset": options.opset,
+        "attention": options.attention,
+        "check": not options.no_check,
+    }
+    if options.static:
+        given["dynamic_shapes"] = None
+    for name, formats in (
+        ("compute_capability", ("tensorrt-rtx",)),
+        ("timing_cache", ("tensorrt", "tensorrt-rtx")),
+        ("strict", ("torch-tensorrt",)),
+    ):
+        value = getattr(options, name)
+        if value:
+            if options.to not in formats:
+                raise InputError(f"--{name.replace('_', '-')} belongs to --to {' or '.join(formats)}")
+            given[name] = value
+    return given
+
+
 def run_inspect(options: argparse.Namespace) -> int:
     """``sqa-fx inspect``: the attention sites of a model, and what a conversion would save."""
     if options.graph is not None:
@@ -84,7 +139,7 @@ def run_convert(options: argparse.Namespace) -> int:
         step()
         loaded = load_model(options.model, pretrained=options.pretrained)
         step()
-        converted = _convert(loaded, options)
+        converted = _convert(loaded, *one_input_set(loaded, options.input), options)
         step()
         converted.save(options.output, overwrite=options.overwrite)
         if options.save_plan is not None:
@@ -98,43 +153,83 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """``sqa-fx export``: write a model as ONNX, converted first where heads are asked for."""
-    _refuse_existing(options.output, options.overwrite)
+    """``sqa-fx export``: write a model for an engine, converted first where heads are asked for."""
+    outputs = [options.output, *([_baseline_path(options.output)] if options.baseline else [])]
+    for path in outputs:
+        _refuse_existing(path, options.overwrite)
     with steps("load", "convert", "export") as step:
         step()
         loaded = load_model(options.model, pretrained=options.pretrained)
         step()
         args, kwargs = one_input_set(loaded, options.input)
+        if options.precision is not None and isinstance(loaded.module, nn.Module):
+            # Before the conversion, whose graph keeps the casts of the dtype that it is captured in.
+            module, (args, kwargs) = in_precision(loaded.module, (args, kwargs), options.precision)
+            loaded = dataclasses.replace(loaded, module=module, args=args, kwargs=kwargs)
         wanted = options.hq or options.hkv or options.plan
         if not wanted and (options.heads or options.kv_merge or options.no_verify):
             raise InputError(
                 "--heads, --kv-merge and --no-verify belong to a conversion: give --hq, --hkv or --plan too"
             )
-        model = _convert(loaded, options) if wanted else loaded.module
-        shapes: dict[str, Any] = {"dynamic_shapes": None} if options.static else {}
-        step()
-        with _without_partial_graphs(options.debug):
-            artifact = sqa_fx.export(
-                model,
-                options.output,
-                args=args,
-                kwargs=kwargs,
-                opset=options.opset,
-                overwrite=options.overwrite,
-                **shapes,
+        if options.baseline and not wanted:
+            raise InputError(
+                "--baseline exports the unconverted model beside the converted one: give --hq, --hkv or --plan"
             )
-    data = dataclasses.asdict(artifact)
+        model = _convert(loaded, args, kwargs, options) if wanted else loaded.module
+        step()
+        artifacts = []
+        with _without_partial_graphs(options.debug):
+            for exported, path in zip((model, loaded.module), outputs, strict=False):
+                artifacts.append(
+                    sqa_fx.export(
+                        exported,
+                        path,
+                        args=args,
+                        kwargs=kwargs,
+                        overwrite=options.overwrite,
+                        **export_options(options),
+                    )
+                )
     if options.json:
-        print(to_json(data))
-    else:
-        print(f"wrote {artifact.path}: opset {artifact.opset}, {artifact.bytes / 2**20:.1f} MiB")
-        print(f"inputs {', '.join(artifact.input_names)}; outputs {', '.join(artifact.output_names)}")
-        for note in artifact.notes:
-            print(f"note: {note}")
+        print(to_json({"artifacts": [{"path": str(a.path), **dataclasses.asdict(a.sidecar)} for a in artifacts]}))
+        return 0
+    for artifact in artifacts:
+        print(_described(artifact))
     return 0
 
 
-def _convert(loaded: Any, options: argparse.Namespace) -> Any:
+def _baseline_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.baseline{path.suffix}")
+
+
+def _described(artifact: sqa_fx.Artifact) -> str:
+    """What the sidecar says, in lines."""
+    about = artifact.sidecar
+    built = ", ".join(
+        text
+        for text in (
+            about.format,
+            f"opset {about.opset}" if about.opset else "",
+            about.precision or "",
+            f"for {about.built_for}" if about.built_for else "",
+            f"{artifact.bytes / 2**20:.1f} MiB",
+        )
+        if text
+    )
+    checked = about.validation or {}
+    if checked.get("checked"):
+        at = ", ".join(checked["labels"])
+        said = f"check: error {checked['error']:.3g}, allowed {checked['tolerance']:.3g}, at {at}"
+    else:
+        said = f"check: {checked.get('reason')}"
+    lines = [f"wrote {artifact.path}: {built}"]
+    for what, specs in (("input", about.inputs), ("output", about.outputs)):
+        lines += [f"{what} {s.name}: {s.dtype} [{', '.join(str(n) for n in s.shape)}]" for s in specs]
+    lines += [*(f"attention: {text}" for text in about.attention), said, *(f"note: {note}" for note in about.notes)]
+    return "\n".join(lines)
+
+
+def _convert(loaded: LoadedModel, args: Any, kwargs: Any, options: argparse.Namespace) -> Any:
     if options.plan is not None and (options.hq or options.hkv or options.heads or options.kv_merge):
         raise InputError("--plan holds every choice already: leave out --hq, --hkv, --heads and --kv-merge")
     if options.plan is None and not (options.hq or options.hkv):
@@ -147,7 +242,6 @@ def _convert(loaded: Any, options: argparse.Namespace) -> Any:
         chosen["kv_merge"] = options.kv_merge
     if options.static:
         chosen["dynamic_shapes"] = None
-    args, kwargs = one_input_set(loaded, options.input)
     chosen |= {"hq": request(options.hq, "--hq"), "hkv": request(options.hkv, "--hkv")}
     with _without_partial_graphs(options.debug):
         return sqa_fx.convert(loaded.module, args=args, kwargs=kwargs, verify=not options.no_verify, **chosen)

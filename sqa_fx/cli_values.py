@@ -72,6 +72,22 @@ def head_choice(text: str) -> HeadChoice:
     return choice
 
 
+def axis_ranges(texts: Sequence[str]) -> dict[str, tuple[int, int, int]] | None:
+    """Repeated ``--range input_ids.1=1,128,4096`` as min, opt and max by axis; None without any.
+
+    Raises InputError for anything else.
+    """
+    found: dict[str, tuple[int, int, int]] = {}
+    for text in texts:
+        axis, equals, numbers = text.partition("=")
+        parts = numbers.split(",")
+        if not equals or len(parts) != 3 or not all(p.strip().isdigit() for p in parts):
+            raise InputError(f"--range {text}: write it as INPUT.AXIS=MIN,OPT,MAX, such as input_ids.1=1,128,4096")
+        low, best, high = (int(p) for p in parts)
+        found[axis] = (low, best, high)
+    return found or None
+
+
 def tensor_sets(specs: Sequence[str], vocabulary: int | None) -> list[dict[str, Tensor]]:
     """The tensors of repeated ``--input`` texts; a name that comes again starts another set."""
     sets: list[dict[str, Tensor]] = [{}]

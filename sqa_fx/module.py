@@ -17,6 +17,7 @@ from torch import fx, nn
 from sqa_fx.calls import CallBinder, signature_from_json, signature_to_json
 from sqa_fx.checkpointing import in_segments
 from sqa_fx.errors import InputError
+from sqa_fx.flat_program import widened_outputs
 from sqa_fx.passes.capture import dropout_nodes
 from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.plan import Plan
@@ -72,6 +73,11 @@ class ConvertedModule(nn.Module):
         outputs = self._segments(*pytree.tree_leaves((args, kwargs)))
         info = self.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
         return pytree.tree_unflatten(outputs, info.out_spec)
+
+    def widened(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, computed in float64 whatever dtype the graph was captured in: a reference for comparisons."""
+        args, kwargs = self._binder.bind(args, kwargs)
+        return widened_outputs(self.graph_module, pytree.tree_leaves((args, kwargs)))
 
     def checkpoint_activations(self, enabled: bool = True) -> ConvertedModule:
         """Compute activations again in the backward pass instead of keeping them: one segment for each attention.

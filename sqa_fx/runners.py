@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sqa_fx.call_tensors import lay_out, path_name
 from sqa_fx.errors import InputError, MissingError
+from sqa_fx.onnx_binding import CUDA_PROVIDER, CudaBinding
 
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -40,7 +41,7 @@ class Runner(Protocol):
 
     @property
     def kind(self) -> str:
-        """``eager``, ``compiled`` or ``onnx``."""
+        """``eager``, ``compiled``, ``onnx`` or another kind of file."""
         ...
 
     @property
@@ -87,11 +88,12 @@ class CompiledRunner:
 
 
 class OnnxRunner:
-    """An ONNX Runtime session; inputs and outputs go through host memory.
+    """An ONNX Runtime session. On the CPU provider tensors go through host memory; on the CUDA provider they stay on
+    the GPU, bound to torch's memory, and the session works on a stream of torch's.
 
     ``providers`` are execution providers by name, and all of them must really be in use: ONNX Runtime lists CUDA even
-    on a machine without a GPU. Raises MissingError when onnxruntime, the file or a provider is missing, and InputError
-    when the model cannot be loaded.
+    on a machine without a GPU. ``cuda_options`` are those of the CUDA provider. Raises MissingError when onnxruntime,
+    the file or a provider is missing, and InputError when the model cannot be loaded.
     """
 
     kind = "onnx"
@@ -103,6 +105,7 @@ class OnnxRunner:
         *,
         providers: Sequence[str] = (CPU_PROVIDER,),
         session_options: Any = None,
+        cuda_options: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             import onnxruntime as ort
@@ -119,8 +122,13 @@ class OnnxRunner:
             raise MissingError(
                 f"onnxruntime was built without {', '.join(unknown)}; it has {', '.join(ort.get_available_providers())}"
             )
+        stream = None
+        asked: list[Any] = list(providers)
+        if CUDA_PROVIDER in providers and torch.cuda.is_available():
+            stream = torch.cuda.Stream()
+            asked[asked.index(CUDA_PROVIDER)] = CudaBinding.provider(stream, cuda_options)
         try:
-            self._session = ort.InferenceSession(str(self.path), session_options, providers=list(providers))
+            self._session = ort.InferenceSession(str(self.path), session_options, providers=asked)
         except Exception as e:  # onnxruntime's own exception types have no common base
             raise InputError(f"onnxruntime cannot load {self.path}: {e}") from e
         absent = [p for p in providers if p not in self._session.get_providers()]
@@ -132,6 +140,9 @@ class OnnxRunner:
         self._inputs = list(self._session.get_inputs())
         self.input_names = tuple(i.name for i in self._inputs)
         self.output_names = tuple(o.name for o in self._session.get_outputs())
+        outputs = {o.name: _ONNX_DTYPES[o.type] for o in self._session.get_outputs()}
+        self.on_torch_stream = stream is not None
+        self._binding = CudaBinding(self._session, outputs, stream) if stream is not None else None
         kinds = [_ONNX_DTYPES.get(x.type) for x in (*self._session.get_outputs(), *self._inputs)]
         self.dtype = next((d for d in kinds if d is not None and d.is_floating_point), torch.float32)
 
@@ -140,24 +151,29 @@ class OnnxRunner:
 
         Raises InputError when count, dtype, rank or shape of the tensors is not what the model takes.
         """
-        feed = self._feed(args, kwargs)
-        return [torch.from_numpy(value) for value in self._session.run(None, feed)]
-
-    def _feed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         tensors = lay_out(self.input_names, args, kwargs, self.path.name)
         sizes: dict[str, tuple[int, str]] = {}
-        return {i.name: self._checked(i, tensors[i.name], sizes) for i in self._inputs}
+        for spec in self._inputs:
+            self._check(spec, tensors[spec.name], sizes)
+        if self._binding is not None:
+            return self._binding.run(tensors)
+        feed = {name: self._array(name, tensor) for name, tensor in tensors.items()}
+        return [torch.from_numpy(value) for value in self._session.run(None, feed)]
 
-    def _checked(self, spec: Any, value: Tensor, sizes: dict[str, tuple[int, str]]) -> Any:
-        """The array of ``value``; ``sizes`` collects what each symbol stands for, so that inputs agree on it."""
+    def _array(self, name: str, value: Tensor) -> Any:
+        if value.dtype == torch.bfloat16:
+            raise InputError(
+                f"input {name} of {self.path.name} is bfloat16, which has no numpy type to pass it in; export in "
+                "float16 or float32, or run on a GPU"
+            )
+        return value.detach().cpu().contiguous().numpy()
+
+    def _check(self, spec: Any, value: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
+        """Raise InputError unless ``value`` fits; ``sizes`` collects what each symbol stands for."""
         where = f"input {spec.name} of {self.path.name}"
         dtype = _ONNX_DTYPES.get(spec.type)
         if dtype != value.dtype:
             raise InputError(f"{where} is {spec.type}, but got {value.dtype}; pass x.to({dtype})")
-        if dtype == torch.bfloat16:
-            raise InputError(
-                f"{where} is bfloat16, which has no numpy type to pass it in; export in float16 or float32"
-            )
         if len(spec.shape) != value.dim():
             raise InputError(f"{where} has {len(spec.shape)} axes {spec.shape}, but got shape {list(value.shape)}")
         for axis, (want, have) in enumerate(zip(spec.shape, value.shape, strict=True)):
@@ -173,7 +189,6 @@ class OnnxRunner:
                         f"{where} has size {have} at axis {axis}, {want!r}, which is {size} in input {first}; "
                         "they must be equal"
                     )
-        return value.detach().cpu().contiguous().numpy()
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:

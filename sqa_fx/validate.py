@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sqa_fx.errors import InputError
+from sqa_fx.flat_program import FlatProgram
+from sqa_fx.module import ConvertedModule
 from sqa_fx.runners import Runner, module_dtype, named_outputs
 from sqa_fx.text_table import text_table
 
@@ -219,8 +221,12 @@ def _exact_outputs(
 ) -> tuple[list[list[tuple[str, Tensor]]], str]:
     """The reference's outputs on every input set, in float64 if it can, and how they were computed."""
     try:
-        upcast = copy.deepcopy(module).double()
-        outputs = [_call(upcast, _as_dtype(s, torch.float64, None)) for s in input_sets]
+        if isinstance(module, ConvertedModule | FlatProgram):
+            # Their graphs hold casts to the dtype that they were captured in, which .double() would leave alone.
+            outputs = [_call(module, s, module.widened) for s in input_sets]
+        else:
+            upcast = copy.deepcopy(module).double()
+            outputs = [_call(upcast, _as_dtype(s, torch.float64, None)) for s in input_sets]
     except InputError:
         raise
     except Exception as e:  # a cast to a fixed dtype in the model surfaces as whatever operator meets it first
@@ -241,8 +247,9 @@ def _exact_outputs(
     return outputs, "float64"
 
 
-def _call(module: nn.Module, inputs: InputSet) -> list[tuple[str, Tensor]]:
-    """The outputs in host memory, since all are kept until the end; inputs are moved to where the module is."""
+def _call(module: nn.Module, inputs: InputSet, function: Callable[..., Any] | None = None) -> list[tuple[str, Tensor]]:
+    """The outputs of ``module`` (or of its ``function``) in host memory, since all are kept until the end; inputs are
+    moved to where the module is."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
 
     def moved(x: Any) -> Any:
@@ -250,7 +257,9 @@ def _call(module: nn.Module, inputs: InputSet) -> list[tuple[str, Tensor]]:
 
     args, kwargs = pytree.tree_map(moved, (tuple(inputs[0]), dict(inputs[1])))
     with torch.no_grad():
-        return [(name, tensor.to("cpu", copy=True)) for name, tensor in named_outputs(module(*args, **kwargs))]
+        return [
+            (name, tensor.to("cpu", copy=True)) for name, tensor in named_outputs((function or module)(*args, **kwargs))
+        ]
 
 
 def _as_dtype(inputs: InputSet, dtype: torch.dtype, own: torch.dtype | None) -> InputSet:

@@ -166,7 +166,8 @@ def test_convert_then_validate_against_itself_in_every_form(model: Callable[[str
     # The conversion as ONNX agrees with itself, and not with the original.
     pytest.importorskip("onnxruntime")
     data = run_json(capsys, "export", "out", "-o", "out.onnx")
-    assert Path(data["path"]).name == "out.onnx"
+    assert [Path(a["path"]).name for a in data["artifacts"]] == ["out.onnx"]
+    assert data["artifacts"][0]["validation"]["passed"] is True
     found = run_json(capsys, "validate", "out", "out.onnx", "onnx:out.onnx")
     assert found["passed"] is True
     assert main(["validate", model("make"), "out.onnx"]) == 1

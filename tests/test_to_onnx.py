@@ -63,11 +63,11 @@ def break_opset(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:
     """Make the translation of attention fail at these opsets, as an unsupported operator would."""
     real = translation_table
 
-    def table(opset: int) -> Any:
+    def table(opset: int, form: Any) -> Any:
         def fail(*_: Any, **__: Any) -> Any:
             raise NotImplementedError("attention is out of order")
 
-        return dict.fromkeys(real(opset), fail) if opset in broken else real(opset)
+        return dict.fromkeys(real(opset, form), fail) if opset in broken else real(opset, form)
 
     monkeypatch.setattr("sqa_fx.exporters.to_onnx.translation_table", table)
 
