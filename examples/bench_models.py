@@ -61,7 +61,9 @@ def rotated(x: Tensor) -> Tensor:
     positions = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)
     rates = 10000 ** -torch.linspace(0, 1, half, device=x.device)
     angles = torch.cat([positions[:, None] * rates] * 2, -1)
-    return x * angles.cos().to(x.dtype) + torch.cat([-x[..., half:], x[..., :half]], -1) * angles.sin().to(x.dtype)
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    out: Tensor = x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
+    return out
 
 
 class EncoderLayer(nn.Module):
@@ -78,10 +80,11 @@ class EncoderLayer(nn.Module):
         """x and the result: [batch, length, width]."""
         if self.norm_first:
             x = x + self.attention(self.norm1(x))
-            return x + self.down(F.gelu(self.up(self.norm2(x))))
+            out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+            return out
         x = self.norm1(x + self.attention(x))
-        out: Tensor = self.norm2(x + self.down(F.gelu(self.up(x))))
-        return out
+        out = self.norm2(x + self.down(F.gelu(self.up(x))))
+        return out  # noqa: RET504
 
 
 class Vit(nn.Module):

@@ -1,8 +1,8 @@
 """Baseline against SQA in every engine that is here: verdicts, latencies and speed-ups in one table and one plot.
 
     python examples/compare_engines.py [--models vit-b bert-base llama-1b] [--variants SQA sSQA xSQA]
-        [--dtypes bf16 fp16] [--engines eager compiled onnx tensorrt-rtx torch-tensorrt aoti] [--lengths 512 4096 32768] [--layers 4]
-        [--budget SECONDS] [--out STEM]
+        [--dtypes bf16 fp16] [--engines eager compiled onnx tensorrt-rtx torch-tensorrt aoti]
+        [--lengths 512 4096 32768] [--layers 4] [--budget SECONDS] [--out STEM]
 
 For every model, dtype and engine: the unconverted model and its SQA variants are built, each is compared with its own
 graph in float64 (error at most twice that of eager in the same dtype, plus a few roundings), and all are measured in
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import SHAPES, build
+from bench_models import SHAPES, Shape, build
 from torch import nn
 
 import sqa_fx
@@ -34,64 +34,57 @@ from sqa_fx.export import PRECISIONS
 from sqa_fx.gpu_kernels import attention_kernels, gpu_kernels
 from sqa_fx.open_artifact import open_artifact
 from sqa_fx.runners import CompiledRunner, EagerRunner, Runner
-from sqa_fx.validate import validate
+from sqa_fx.validate import Reference, validate
 
 ENGINES = ["eager", "compiled", "onnx", "tensorrt-rtx", "torch-tensorrt", "aoti"]
 SUFFIX = {"onnx": ".onnx", "tensorrt-rtx": ".engine", "torch-tensorrt": ".ep", "aoti": ".pt2"}
 Row = dict[str, Any]
+References = list[tuple[int, torch.Tensor, Reference]]
+"""Length, input and reference, for each length."""
 
 
 def runner_of(
-    engine: str, name: str, module: Any, example: torch.Tensor, lengths: list[int], device: str, folder: Path
+    engine: str, name: str, module: Any, example: torch.Tensor, options: argparse.Namespace, folder: Path, check: bool
 ) -> tuple[Runner, list[str]]:
-    """The runner of ``module`` in one engine, and what its sidecar says. Raises SqaError when that cannot be."""
+    """The runner of ``module`` in one engine, and what its sidecar says. ``check`` lets the export look for a form of
+    attention that is right. Raises what the export raises."""
     if engine == "eager":
         return EagerRunner(module, name), []
     if engine == "compiled":
         return CompiledRunner(module, name, dynamic=False), []
     path = folder / f"{name}{SUFFIX[engine]}"
     given = "input_ids" if example.dtype == torch.int64 else "x"
+    longest = max(options.lengths)
     artifact = sqa_fx.export(
         module,
         path,
         to=engine,
         args=(example,),
         # One batch size: engines are tuned for it, and the length is what varies.
-        dynamic_shapes=({1: torch.export.Dim("length", min=2, max=max(lengths))},),
-        ranges={f"{given}.1": (1, sorted(lengths)[len(lengths) // 2], max(lengths))},
-        check=False,  # checked here, at the lengths that are measured
+        dynamic_shapes=length_is_free(longest),
+        ranges={f"{given}.1": (1, sorted(options.lengths)[len(options.lengths) // 2], longest)},
+        check=check,
         overwrite=True,
     )
-    said = [*artifact.sidecar.attention, *artifact.sidecar.notes]
-    return open_artifact(path, name, device=device), said
+    return open_artifact(path, name, device=options.device), [*artifact.sidecar.attention, *artifact.sidecar.notes]
 
 
-def with_right_attention(
-    engine: str, name: str, module: Any, example: torch.Tensor, lengths: list[int], device: str, folder: Path
-) -> tuple[Runner, list[str]]:
-    """As ``runner_of``, but checked by the export itself, which looks for a form of attention that is right."""
-    path = folder / f"{name}-checked{SUFFIX[engine]}"
-    given = "input_ids" if example.dtype == torch.int64 else "x"
-    artifact = sqa_fx.export(
-        module,
-        path,
-        to=engine,
-        args=(example,),
-        dynamic_shapes=({1: torch.export.Dim("length", min=2, max=max(lengths))},),
-        ranges={f"{given}.1": (1, sorted(lengths)[len(lengths) // 2], max(lengths))},
-        overwrite=True,
-    )
-    return open_artifact(path, f"{name}, checked", device=device), [
-        *artifact.sidecar.attention,
-        *artifact.sidecar.notes,
-    ]
+def length_is_free(longest: int) -> Any:
+    """Dynamic shapes of a model with one input [batch, length, ...]."""
+    return ({1: torch.export.Dim("length", min=2, max=longest)},)
 
 
-def group(options: argparse.Namespace, model: str, dtype_name: str, engine: str, modules: dict[str, Any]) -> list[Row]:
+def group(
+    options: argparse.Namespace,
+    model: str,
+    dtype_name: str,
+    engine: str,
+    modules: dict[str, Any],
+    references: dict[str, References],
+) -> list[Row]:
     """All variants of one model in one engine: a row for each variant and length, or rows that say what failed."""
-    device, lengths = options.device, options.lengths
     shape, dtype = SHAPES[model], PRECISIONS[dtype_name]
-    example = shape.inputs(1, 64, dtype, device)
+    example = shape.inputs(1, 64, dtype, options.device)
     about = {"model": model, "dtype": dtype_name, "engine": engine}
     runners: dict[str, Runner] = {}
     rows: list[Row] = []
@@ -99,19 +92,19 @@ def group(options: argparse.Namespace, model: str, dtype_name: str, engine: str,
         for name, module in modules.items():
             start = time.perf_counter()
             try:
-                runner, said = runner_of(engine, name, module, example, lengths, device, Path(folder))
+                runner, said = runner_of(engine, name, module, example, options, Path(folder), check=False)
             except Exception as error:  # an engine may fail in its own ways; the others go on
                 rows.append({**about, "variant": name, "skipped": f"{type(error).__name__}: {first_line(error)}"})
                 print(json.dumps(rows[-1]), flush=True)
                 continue
             runners[name] = runner
-            rows += measured_verdicts(about, name, module, runner, shape, dtype, options, said)
+            rows += verdicts(about, name, runner, references[name], said)
             wrong = any(r["variant"] == name and not r["passed"] for r in rows if "passed" in r)
             if wrong and engine in ("tensorrt-rtx", "tensorrt", "onnx"):
                 try:
-                    runner, said = with_right_attention(engine, name, module, example, lengths, device, Path(folder))
+                    runner, said = runner_of(engine, name, module, example, options, Path(folder), check=True)
                     runners[name] = runner
-                    rows += measured_verdicts(about, f"{name}, checked", module, runner, shape, dtype, options, said)
+                    rows += verdicts(about, f"{name}, checked", runner, references[name], said)
                 except Exception as error:
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     rows.append({**about, "variant": f"{name}, checked", "skipped": reason})
@@ -122,22 +115,20 @@ def group(options: argparse.Namespace, model: str, dtype_name: str, engine: str,
     return rows
 
 
-def measured_verdicts(
-    about: dict[str, str],
-    name: str,
-    module: Any,
-    runner: Runner,
-    shape: Any,
-    dtype: torch.dtype,
-    options: argparse.Namespace,
-    said: list[str],
-) -> list[Row]:
-    """The verdict of one runner at every length."""
-    rows = []
+def references_of(module: nn.Module, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> References:
+    """Inputs and outputs in float64 at every length."""
+    found = []
     for length in options.lengths:
         x = shape.inputs(1, length, dtype, options.device)
-        start = time.perf_counter()
-        report = validate(module, [runner], [((x,), {})], labels=[str(length)])
+        found.append((length, x, Reference(module, [((x,), {})])))
+    return found
+
+
+def verdicts(about: dict[str, str], name: str, runner: Runner, references: References, said: list[str]) -> list[Row]:
+    """The verdict of one runner at every length."""
+    rows = []
+    for length, x, reference in references:
+        report = validate(reference, [runner], [((x,), {})], labels=[str(length)])
         c = report.comparisons[0]
         rows.append(
             {
@@ -151,7 +142,6 @@ def measured_verdicts(
                 "problem": c.problem,
                 "reference": report.reference_dtype,
                 "said": said,
-                "check_seconds": time.perf_counter() - start,
             }
         )
     return rows
@@ -162,7 +152,8 @@ def add_times(
 ) -> None:
     """Latencies of all runners in interleaved turns, and the share of the ideal speed-up."""
     for length in options.lengths:
-        wanted = {n: r for n, r in runners.items() if any(row.get("length") == length and row["variant"] in (n, r.name) and not str(row["problem"]).startswith("does not run") for row in rows)}  # fmt: skip # noqa: E501
+        runs = {r["variant"] for r in rows if r.get("length") == length and r["cosine"] is not None}
+        wanted = {n: r for n, r in runners.items() if n in runs or f"{n}, checked" in runs}
         if not wanted:
             continue
         x = shape.inputs(1, length, dtype, options.device)
@@ -173,8 +164,8 @@ def add_times(
         for name, runner in wanted.items():
             if options.device == "cuda":
                 kernels[name] = gpu_kernels(runner, (x,), {})
-        for timed, (name, runner) in zip(report.rows, wanted.items(), strict=True):
-            row = next(r for r in reversed(rows) if r.get("length") == length and r["variant"] in (name, runner.name))
+        for timed, name in zip(report.rows, wanted, strict=True):
+            row = next(r for r in reversed(rows) if r.get("length") == length and r["variant"].split(",")[0] == name)
             row |= {
                 "p50_ms": timed.p50_ms,
                 "p90_ms": timed.p90_ms,
@@ -217,36 +208,35 @@ def first_line(error: BaseException) -> str:
 
 def variants_of(model: str, base: nn.Module, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """The baseline and its conversions; a variant that the model's heads do not allow is said and left out."""
-    shape = SHAPES[model]
     found: dict[str, Any] = {"baseline": base}
-    length = torch.export.Dim("length", min=2, max=max(options.lengths))
     for variant in options.variants:
         try:
-            found[variant] = sqa_fx.convert(
-                base,
-                hq=variant,
-                args=(shape.inputs(1, 64, dtype, options.device),),
-                dynamic_shapes=({1: length},),
-            )
+            found[variant] = converted(base, SHAPES[model], variant, options, dtype)
         except SqaError as error:
             print(f"{model}: no {variant}: {first_line(error)}", flush=True)
     return found
 
 
+def converted(base: nn.Module, shape: Shape, heads: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """The conversion to ``heads``: a variant by name, or a share of the query heads."""
+    example = shape.inputs(1, 64, dtype, options.device)
+    return sqa_fx.convert(base, hq=heads, args=(example,), dynamic_shapes=length_is_free(max(options.lengths)))
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    head = ["model", "dtype", "engine", "variant", "tokens", "verdict", "error / allowed", "p50 ms", "speed-up", "ideal", "share"]  # fmt: skip # noqa: E501
+    head = ["model", "dtype", "engine", "variant", "tokens", "verdict", "error / allowed"]
+    head += ["p50 ms", "speed-up", "ideal", "share"]
     body = []
     for row in rows:
+        cells = [row["model"], row["dtype"], row["engine"], row["variant"]]
         if "skipped" in row:
-            body.append([row["model"], row["dtype"], row["engine"], row["variant"], "", f"skipped: {row['skipped'][:120]}", *[""] * 5])  # fmt: skip # noqa: E501
+            body.append([*cells, "", f"skipped: {row['skipped'][:120]}", *[""] * 5])
             continue
-        number = lambda key, form, row=row: format(row[key], form) if row.get(key) is not None else ""  # noqa: E731
-        problem = "ok" if row["passed"] else f"WRONG: {row['problem']}"
-        share = f"{row['ideal_share']:.0%}" if "ideal_share" in row else ""
-        body.append([row["model"], row["dtype"], row["engine"], row["variant"], str(row["length"]), problem,
-                     f"{row['error']:.2g} / {row['tolerance']:.2g}", number("p50_ms", ".3f"), number("speedup", ".2f"),
-                     number("ideal_speedup", ".2f"), share])  # fmt: skip
+        verdict = "ok" if row["passed"] else f"WRONG: {row['problem']}"
+        cells += [str(row["length"]), verdict, f"{row['error']:.2g} / {row['tolerance']:.2g}"]
+        forms = {"p50_ms": ".3f", "speedup": ".2f", "ideal_speedup": ".2f", "ideal_share": ".0%"}
+        body.append([*cells, *(format(row[key], form) if key in row else "" for key, form in forms.items())])
     return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *body)])
 
 
@@ -263,9 +253,11 @@ def plot(rows: list[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in sorted({(r["engine"], r["variant"]) for r in shown if (r["model"], r["dtype"]) == panel}):
-            points = sorted((r["length"], r["speedup"]) for r in shown if (r["model"], r["dtype"], r["engine"], r["variant"]) == (*panel, *key))  # fmt: skip # noqa: E501
+            own = [r for r in shown if (r["model"], r["dtype"], r["engine"], r["variant"]) == (*panel, *key)]
+            points = sorted((r["length"], r["speedup"]) for r in own)
             axes.plot(*zip(*points, strict=True), marker="o", label=" ".join(key))
-        axes.set(title=f"{panel[0]}, {panel[1]}", xscale="log", xlabel="tokens", ylabel="speed-up over the same engine's baseline")  # fmt: skip # noqa: E501
+        axes.set(title=f"{panel[0]}, {panel[1]}", xscale="log", xlabel="tokens")
+        axes.set_ylabel("speed-up over the same engine's baseline")
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -298,11 +290,14 @@ def main() -> None:
             dtype = PRECISIONS[dtype_name]
             base = build(model, options.layers, max(options.lengths), dtype, options.device)
             modules = variants_of(model, base, options, dtype)
+            # A conversion that keeps every head: the baseline's graph, whose float64 run fits at any length.
+            graphs = {**modules, "baseline": converted(base, SHAPES[model], 1.0, options, dtype)}
+            references = {name: references_of(graph, SHAPES[model], dtype, options) for name, graph in graphs.items()}
             for engine in options.engines:
                 if time.perf_counter() - start > options.budget:
                     break
                 torch._dynamo.reset()
-                rows += group(options, model, dtype_name, engine, modules)
+                rows += group(options, model, dtype_name, engine, modules, references)
                 save()
     print(table(rows))
 

@@ -138,8 +138,28 @@ class ValidationReport:
         return "\n".join([text_table(head, rows), summary, *(f"note: {note}" for note in self.notes)])
 
 
+class Reference:
+    """A module's outputs on ``input_sets``, in float64 and in eager at any dtype, computed once: for comparing many
+    candidates one after the other. The module is copied, not changed."""
+
+    def __init__(self, module: nn.Module, input_sets: Sequence[InputSet]) -> None:
+        self.dtype = module_dtype(module)
+        self.notes: list[str] = []
+        self._module, self._input_sets = _evaluating(module), list(input_sets)
+        self.exact, self.computed_in = _exact_outputs(self._module, self.dtype, input_sets, self.notes)
+        self._eager: dict[torch.dtype, list[list[Tensor]]] = {}
+
+    def eager(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        """The outputs for each input set, computed by the module in ``dtype``."""
+        if dtype not in self._eager:
+            module = self._module if dtype == self.dtype else copy.deepcopy(self._module).to(dtype)
+            sets = [_as_dtype(s, dtype, self.dtype) for s in self._input_sets]
+            self._eager[dtype] = [[t for _, t in _call(module, s)] for s in sets]
+        return self._eager[dtype]
+
+
 def validate(
-    reference: nn.Module,
+    reference: nn.Module | Reference,
     candidates: Sequence[Runner],
     input_sets: Sequence[InputSet],
     *,
@@ -154,8 +174,9 @@ def validate(
     candidate's own dtype, plus ``atol`` (by default ``DEFAULT_ATOL`` of that dtype): the rule of flash-attention's
     tests. ``valid_mask`` is bool ``[batch, seq]``, one for all input sets or one for each: of outputs that start with
     these axes, only what it marks is compared, since padding may hold anything. ``reference`` is copied, not changed;
-    it runs on its own device, and outputs are compared in host memory, wherever they are. ``labels`` name the input
-    sets in the report. A candidate that raises on an input set has failed there, and the others are still compared.
+    it runs on its own device, and outputs are compared in host memory, wherever they are. A `Reference`, made of the
+    same input sets, saves computing it again. ``labels`` name the input sets in the report. A candidate that raises on
+    an input set has failed there, and the others are still compared.
 
     Raises InputError when there is nothing to compare, no output starts with the axes of a mask, or the labels are not
     one for each input set.
@@ -165,10 +186,9 @@ def validate(
     if labels is not None and len(labels) != len(input_sets):
         raise InputError(f"{len(labels)} labels for {len(input_sets)} input sets; give one for each")
     masks = _masks(valid_mask, len(input_sets))
-    notes: list[str] = []
-    own = module_dtype(reference)
-    base = _evaluating(reference)
-    exact, reference_dtype = _exact_outputs(base, own, input_sets, notes)
+    if not isinstance(reference, Reference):
+        reference = Reference(reference, input_sets)
+    own, exact = reference.dtype, reference.exact
     for index, mask in enumerate(masks):
         if mask is not None and not any(t.shape[:2] == mask.shape for _, t in exact[index]):
             shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in exact[index])
@@ -176,14 +196,10 @@ def validate(
                 f"valid_mask {index} is {list(mask.shape)}, and no output of that input set starts so: {shapes}; give "
                 "bool [batch, seq], one mask per input set"
             )
-    eager: dict[torch.dtype, list[list[Tensor]]] = {}
     comparisons: list[OutputComparison] = []
     for candidate in candidates:
         dtype = candidate.dtype
-        if dtype not in eager:
-            module = base if dtype == own else copy.deepcopy(base).to(dtype)
-            eager[dtype] = [[t for _, t in _call(module, _as_dtype(s, dtype, own))] for s in input_sets]
-            del module
+        eager = reference.eager(dtype)
         slack = DEFAULT_ATOL.get(dtype, DEFAULT_ATOL[torch.float32]) if atol is None else atol
         for index, inputs in enumerate(input_sets):
             args, kwargs = _as_dtype(inputs, dtype, own)
@@ -197,9 +213,10 @@ def validate(
                 problem = f"{len(got)} outputs instead of {len(expected)} ({', '.join(n for n, _ in expected)})"
                 comparisons.append(_no_comparison(candidate, index, "all", problem))
                 continue
-            for (name, want), have, baseline in zip(expected, got, eager[dtype][index], strict=True):
+            for (name, want), have, baseline in zip(expected, got, eager[index], strict=True):
                 comparisons.append(_compare(candidate, index, name, have, want, baseline, masks[index], factor, slack))
-    return ValidationReport(tuple(comparisons), reference_dtype, factor, tuple(notes), tuple(labels or ()))
+    notes = tuple(reference.notes)
+    return ValidationReport(tuple(comparisons), reference.computed_in, factor, notes, tuple(labels or ()))
 
 
 # --- running the reference -------------------------------------------------------------------------------------------
