@@ -2,8 +2,8 @@
 
     python examples/convert_llm.py [--variant SQA | --hq 4 --hkv 2] [--heads 8] [--kv-heads 4] [--lengths 64 256]
 
-Random weights from a config, so the text means nothing; what is shown is that greedy decoding over converted graphs, with
-their smaller KV caches, gives the tokens of the masked original: the same model with its dropped heads silenced.
+Random weights from a config, so the text means nothing. What is shown: greedy decoding over converted graphs, with
+their smaller KV caches, gives the tokens of the masked original, the same model with its dropped heads silenced.
 """
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from example_steps import arguments, convert, device_and_dtype, ending, export_and_compare, library
 from torch import Tensor, nn
 
 from sqa_fx.errors import MissingError
+from sqa_fx.inputs import Inputs
 
 TIMM = "pip install --no-deps timm torchvision"
 
@@ -50,8 +52,13 @@ def torchvision_vit(layers: int | None) -> nn.Module:
 
 def vit(options: argparse.Namespace, layers: int | None) -> nn.Module:
     """The model from the first library that is here."""
+    makers: list[Callable[[], nn.Module]] = [
+        lambda: timm_vit(options, layers),
+        lambda: Logits(layers),
+        lambda: torchvision_vit(layers),
+    ]
     missing = []
-    for make in (lambda: timm_vit(options, layers), lambda: Logits(layers), lambda: torchvision_vit(layers)):
+    for make in makers:
         try:
             return make()
         except MissingError as error:
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace) -> bool:
         with torch.no_grad():
             same = torch.cosine_similarity(model(example), converted(example)).mean()
         print(f"logits, original against converted: cosine {same:.3f} on noise; heads are gone, so fine-tune")
-    sets = {label: ((image,), {}) for label, image in images.items()}
+    sets: dict[str, Inputs] = {label: ((image,), {}) for label, image in images.items()}
     tokens = [n * (side[0] // 16) * (side[1] // 16) for n in batches]
     return export_and_compare(model, converted, sets, options, tokens)
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the files (default: {out})")
     parser.add_argument("--iterations", type=int, default=10, help="measured turns (default: 10)")
     parser.add_argument("--layers", type=int, help="layers of the model (default: 2 without a GPU)")
+    parser.add_argument("--no-baseline", action="store_true", help="do not export the unconverted model")
     return parser
 
 
@@ -77,47 +79,69 @@ def export_and_compare(
     options: argparse.Namespace,
     tokens: Sequence[int],
 ) -> bool:
-    """Export both models to ONNX, validate the files on the input ``sets`` by label, and measure all four; whether the
-    files are right. Writes baseline.onnx, sqa.onnx and result.json into ``options.out``."""
+    """Export both models (with ``--no-baseline`` the converted one) to ONNX, validate the files on the input ``sets``,
+    and measure all in eager PyTorch and in ONNX Runtime; whether the files are right.
+
+    Writes baseline.onnx, sqa.onnx and result.json into ``options.out``. Raises MissingError, after the rest, without the
+    libraries for ONNX.
+    """
     device = next(model.parameters()).device.type
     options.out.mkdir(parents=True, exist_ok=True)
     runners: list[Runner] = [EagerRunner(model, "baseline"), EagerRunner(converted, "SQA")]
-    result: dict[str, Any] = {"report": converted.report.to_json(), "validation": {}, "skipped": []}
+    result: dict[str, Any] = {"report": converted.report.to_json(), "validation": {}, "latency": {}, "skipped": []}
     reports: list[ValidationReport] = []
-    for name, module in (("baseline", model), ("SQA", converted)):
+    missing: MissingError | None = None
+    for name, module in (*([] if options.no_baseline else [("baseline", model)]), ("SQA", converted)):
         path = options.out / f"{name.lower()}.onnx"
-        call = {"args": converted.example_args, "kwargs": converted.example_kwargs}
+        call: dict[str, Any] = {"args": converted.example_args, "kwargs": converted.example_kwargs}
         try:
             artifact = sqa_fx.export(module, path, **call, dynamic_shapes=converted.dynamic_shapes, overwrite=True)
             print(f"\nwrote {path}: {', '.join(artifact.sidecar.attention)}")
-            runner = open_artifact(path, f"{name}, ONNX", device=device)
-        except MissingError as missing:
-            result["skipped"].append(f"{name}, ONNX: {missing}")
-            print(f"skipped {result['skipped'][-1]}")
-            continue
+            runner, measured = onnx_runner(path, name, device, result["skipped"])
+        except MissingError as error:
+            missing = error
+            break
         reports.append(validate(module, [runner], list(sets.values()), labels=list(sets)))
         print(reports[-1].table())
         result["validation"][name] = json.loads(reports[-1].to_json())
-        runners.append(runner)
-    latency = bench(
-        runners,
-        list(sets.values()),
-        iterations=options.iterations,
-        max_warmup=10,
-        tokens=tokens,
-        labels=list(sets),
-        progress=sys.stderr.isatty(),
-    )
-    print(f"\nLatency on {device}, each against the eager baseline\n{latency.table()}")
-    result["latency"] = json.loads(latency.to_json())
+        if measured:
+            runners.append(runner)
+    for kind in ("eager", "onnx"):
+        if not (timed := [r for r in runners if r.kind == kind]):
+            continue
+        latency = bench(
+            timed,
+            list(sets.values()),
+            iterations=options.iterations,
+            tokens=tokens,
+            labels=list(sets),
+            progress=sys.stderr.isatty(),
+        )
+        print(f"\nLatency on {device}, {kind}\n{latency.table()}")
+        result["latency"][kind] = json.loads(latency.to_json())
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out / 'result.json'} written")
+    if missing is not None:
+        raise missing
     return all(report.passed for report in reports)
+
+
+def onnx_runner(path: Path, name: str, device: str, skipped: list[str]) -> tuple[Runner, bool]:
+    """The file in ONNX Runtime on ``device``, and True; on the CPU, and False, where ONNX Runtime has no CUDA."""
+    try:
+        return open_artifact(path, name, device=device), True
+    except MissingError as missing:
+        if device == "cpu":
+            raise
+        skipped.append(f"{name} in ONNX Runtime on CUDA, validated on the CPU and not measured: {missing}")
+        print(f"skipped {skipped[-1]}")
+        return open_artifact(path, name), False
 
 
 def ending(run: Callable[[argparse.Namespace], bool], parser: argparse.ArgumentParser) -> int:
     """Run an example; its exit code: 0 all agreed, 1 something differs, 2 bad input, 3 something is missing."""
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from torch about itself
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if getattr(options, "pretrained", False) else "1")
     try:
         if options.variant and (options.hq is not None or options.hkv is not None):
