@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from torch import Tensor
 
 from sqa_fx.errors import InputError
+from sqa_fx.exporters.program_names import user_inputs
 
 # Where a training-mode flag sits among the arguments of the operators that have one.
 _TRAINING_FLAGS = {
@@ -14,6 +18,20 @@ _TRAINING_FLAGS = {
     torch.ops.aten.batch_norm.default: ("training", 5),
     torch.ops.aten.scaled_dot_product_attention.default: ("dropout_p", 4),
 }
+
+
+def precision_of(program: torch.export.ExportedProgram) -> str | None:
+    """The floating point types of the parameters, most numerous first ("bfloat16"); of the inputs where there are no
+    parameters, None where nothing is floating point."""
+    values = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
+    parameters = [program.state_dict[name] for name in program.graph_signature.parameters]
+    arguments = [values[s.arg.name] for s in user_inputs(program)]
+    for candidates in (parameters, arguments):
+        tensors = [t for t in candidates if isinstance(t, Tensor) and t.is_floating_point()]
+        counts = Counter(str(t.dtype).removeprefix("torch.") for t in tensors)
+        if counts:
+            return ", ".join(name for name, _ in counts.most_common())
+    return None
 
 
 def refuse_training_mode(program: torch.export.ExportedProgram) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,7 @@ def input_specs(program: torch.export.ExportedProgram, ranges: Ranges | None = N
     """
     tensors = _tensors(program)
     given = _by_symbol(tensors, ranges or {})
-    # torch.export says 2 where it means "not specialised on 0 and 1"; the graph is right at 1.
-    allowed = {str(s): (1 if int(r.lower) <= 2 else int(r.lower), int(r.upper) if r.upper.is_finite and r.upper < UNBOUNDED else None)
-               for s, r in program.range_constraints.items()}  # fmt: skip
+    allowed = {str(symbol): _bounds(bounds) for symbol, bounds in program.range_constraints.items()}
     axes: dict[str, AxisRange] = {}
     for tensor in tensors:
         for size, example in zip(tensor.shape, tensor.example, strict=True):
@@ -93,6 +92,13 @@ def _tensors(program: torch.export.ExportedProgram) -> list[_Tensor]:
         example = tuple(n if isinstance(n, int) else _hint(n) for n in value.shape)
         found.append(_Tensor(spec.arg.name, str(value.dtype), shape, example))
     return found
+
+
+def _bounds(bounds: Any) -> tuple[int, int | None]:
+    """Least and largest size of a symbol. torch.export writes 2 where it means "not specialised on 0 and 1", and the
+    graph is right at 1; nothing is ever right at 0."""
+    lower, upper = int(bounds.lower), bounds.upper
+    return 1 if lower <= 2 else lower, int(upper) if upper.is_finite and upper < UNBOUNDED else None
 
 
 def _by_symbol(tensors: Sequence[_Tensor], ranges: Ranges) -> dict[str, tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from sqa_fx.errors import InputError, MissingError, SqaError
-from sqa_fx.exporters.program_checks import refuse_training_mode, root_cause
+from sqa_fx.exporters.program_checks import precision_of, refuse_training_mode, root_cause
 from sqa_fx.exporters.program_names import tensor_outputs, user_inputs
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
@@ -70,7 +70,7 @@ def export_aoti(
         outputs=output_specs(program, tensor_outputs(program)),
         attention=tuple(attention_forms(program.graph)),
         built_for=capability(device),
-        precision=_precision(program),
+        precision=precision_of(program),
         plan=plan.to_json() if isinstance(plan, Plan) else plan,
         versions={"machine": machine()},
         notes=(*notes, *(f"not checked before a run: {guard}" for guard in unsaid), *_state_notes(program)),
@@ -184,18 +184,6 @@ def _require_compiler() -> None:
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------
-
-
-def _precision(program: torch.export.ExportedProgram) -> str | None:
-    """The floating point types of the parameters, most numerous first; of the inputs where there are no parameters."""
-    values = _values(program)
-    parameters = _tensors(program.state_dict[name] for name in program.graph_signature.parameters)
-    arguments = _tensors(values[s.arg.name] for s in user_inputs(program))
-    for tensors in (parameters, arguments):
-        counts = Counter(str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point())
-        if counts:
-            return ", ".join(name for name, _ in counts.most_common())
-    return None
 
 
 def _tensor_positions(program: torch.export.ExportedProgram) -> list[int]:

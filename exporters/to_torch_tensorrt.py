@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sqa_fx.errors import InputError, MissingError, SqaError
+from sqa_fx.exporters.program_checks import precision_of
 from sqa_fx.exporters.program_names import tensor_outputs
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs, require_bounds
 from sqa_fx.exporters.sidecar import AxisRange, Sidecar, TensorSpec, sidecar_path
 from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.exporters.tensorrt_library import gpu_capability
-from sqa_fx.exporters.to_tensorrt import precision_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -18,12 +18,13 @@ from sqa_fx.bench import bench
 from sqa_fx.cli_bench import check_files, with_cuda_graphs, write_files
 from sqa_fx.cli_values import as_module, input_sets, to_json
 from sqa_fx.divergence import Divergence, first_divergent_site, onnx_engine
-from sqa_fx.errors import InputError, SqaError
+from sqa_fx.errors import InputError, MissingError, SqaError
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
 from sqa_fx.inputs import Inputs, bind_inputs, vocabulary_size
 from sqa_fx.models import LoadedModel, load_model
 from sqa_fx.module import ConvertedModule
-from sqa_fx.runners import CompiledRunner, EagerRunner, OnnxRunner, Runner, module_dtype
+from sqa_fx.open_artifact import SUFFIXES, is_artifact, open_artifact
+from sqa_fx.runners import CompiledRunner, EagerRunner, Runner, module_dtype
 from sqa_fx.shape_sets import SHAPES, input_sets_at_shapes, is_floating, laid_out, shared_specs
 from sqa_fx.validate import ValidationReport, validate
 
@@ -32,7 +33,7 @@ _KINDS = ("eager", "compiled", "onnx")
 
 @dataclass(frozen=True)
 class Artifact:
-    """One side of a comparison: a loaded model to run eagerly or compiled, or an ONNX file."""
+    """One side of a comparison: a loaded model to run eagerly or compiled, or an exported file."""
 
     name: str
     kind: str
@@ -40,14 +41,20 @@ class Artifact:
 
     @property
     def module(self) -> nn.Module | None:
-        """The module to call, where it is not an ONNX file."""
+        """The module to call, where it is not an exported file."""
         return as_module(self.loaded.module) if self.loaded else None
 
 
 def add_artifacts(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is compared, and on which inputs."""
     parser.add_argument(
-        "artifacts", nargs="+", metavar="ARTIFACT", help="a MODEL or FILE.onnx; eager:, compiled:, onnx:"
+        "artifacts",
+        nargs="+",
+        metavar="ARTIFACT",
+        help="a MODEL (eager:MODEL, compiled:MODEL) or an exported file: .onnx, .engine, .ep, .pt2 with its sidecar",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where models and .onnx files run (default: cpu)"
     )
     parser.add_argument(
         "--input",
@@ -74,13 +81,15 @@ def add_validation(parser: argparse.ArgumentParser) -> None:
 
 
 def read_artifact(text: str) -> Artifact:
-    """The artifact that ``[eager:|compiled:|onnx:]NAME`` names.
+    """The artifact that ``[eager:|compiled:|onnx:]NAME`` names; kind "exported" is what a sidecar describes.
 
     Raises InputError for a kind that does not fit, and what `load_model` raises.
     """
     kind, colon, name = text.partition(":")
     if not colon or kind not in _KINDS:
         kind, name = ("onnx" if text.endswith(".onnx") else "eager"), text
+        if kind == "eager" and is_artifact(name):
+            return Artifact(text, "exported", None)
     if kind == "onnx":
         if not name.endswith(".onnx"):
             raise InputError(
@@ -89,11 +98,14 @@ def read_artifact(text: str) -> Artifact:
         return Artifact(text, kind, None)
     if name.endswith(".onnx"):
         raise InputError(f"{text}: an .onnx file runs in onnxruntime only; leave out {kind!r}")
+    if Path(name).is_file() and Path(name).suffix in SUFFIXES and Path(name).suffix != ".pt2":
+        raise InputError(f"{text}: an engine needs its sidecar, {sidecar_path(name).name}, beside it")
     return Artifact(text, kind, load_model(name))
 
 
 def run_validate(options: argparse.Namespace) -> int:
     """``sqa-fx validate``: the first artifact is the reference for all others; 1 when one of them disagrees."""
+    _require_device(options.device)
     if len(options.artifacts) < 2:
         raise InputError("validate takes two artifacts or more: the reference, and what is compared with it")
     artifacts = [read_artifact(text) for text in options.artifacts]
@@ -104,8 +116,10 @@ def run_validate(options: argparse.Namespace) -> int:
     original = loaded.module if loaded is not None else None
     if options.locate and not isinstance(original, ConvertedModule | ExportedProgram):
         raise InputError(f"--locate: {artifacts[0].name} is no conversion and no .pt2: run `sqa-fx convert` first")
-    sets, labels = _shaped_inputs(artifacts, options)
-    runners = _runners(artifacts[1:])
+    made, labels = _shaped_inputs(artifacts, options)
+    sets = [_moved(inputs, options.device) for inputs in made]
+    runners = _runners(artifacts[1:], options.device)
+    reference = reference.to(options.device)
     report = validate(reference, runners, sets, atol=options.atol, labels=labels)
     if not options.json:
         print(report.table())
@@ -122,11 +136,12 @@ def run_validate(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """``sqa-fx bench``: latency of all artifacts on the same inputs, in turns."""
+    _require_device(options.device)
     artifacts = [read_artifact(text) for text in options.artifacts]
     check_files(options)
-    sets = _inputs(artifacts, options)
+    sets = [_moved(inputs, options.device) for inputs in _inputs(artifacts, options)]
     report = bench(
-        with_cuda_graphs(_runners(artifacts), options.cuda_graphs),
+        with_cuda_graphs(_runners(artifacts, options.device), options.cuda_graphs),
         sets,
         warmup=options.warmup,
         max_warmup=options.max_warmup,
@@ -140,7 +155,12 @@ def run_bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _runners(artifacts: Sequence[Artifact]) -> list[Runner]:
+def _require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("--device cuda: torch sees no GPU here; `sqa-fx doctor` says what is usable")
+
+
+def _runners(artifacts: Sequence[Artifact], device: str) -> list[Runner]:
     runners: list[Runner] = []
     names: set[str] = set()
     for artifact in artifacts:
@@ -150,8 +170,9 @@ def _runners(artifacts: Sequence[Artifact]) -> list[Runner]:
         names.add(name)
         module = artifact.module
         if module is None:
-            runners.append(OnnxRunner(Path(artifact.name.removeprefix("onnx:")), name))
+            runners.append(open_artifact(artifact.name.removeprefix("onnx:"), name, device=device))
         else:
+            module = module.to(device)
             runners.append(EagerRunner(module, name) if artifact.kind == "eager" else CompiledRunner(module, name))
     return runners
 
@@ -159,6 +180,11 @@ def _runners(artifacts: Sequence[Artifact]) -> list[Runner]:
 def _inputs(artifacts: Sequence[Artifact], options: argparse.Namespace) -> list[Inputs]:
     loaded = next((artifact.loaded for artifact in artifacts if artifact.loaded), None)
     return input_sets(loaded, options.input)
+
+
+def _moved(inputs: Inputs, device: str) -> Inputs:
+    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
+    return args, kwargs
 
 
 def _located(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sqa_fx
 from sqa_fx import ConvertedModule
 from sqa_fx.aoti_runner import AotiRunner
+from sqa_fx.cli import main
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.exporters.sidecar import AxisRange, Sidecar
 from sqa_fx.exporters.size_conditions import check_conditions, size_conditions
@@ -376,3 +377,17 @@ def test_attention_forms() -> None:
     graph = captured(Forms(), torch.randn(2, 3, 5, 7), torch.randn(5, 5)).graph
     assert attention_forms(graph) == ["3 scaled_dot_product_attention (2 causal without mask, 1 with mask)"]
     assert attention_forms(captured(nn.Linear(3, 5), torch.randn(2, 3)).graph) == []
+
+
+@needs_compiler
+def test_validate_on_the_command_line(
+    package: Path, converted: ConvertedModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted.save(tmp_path / "saved")
+    assert main(["validate", str(tmp_path / "saved"), str(package)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{package} " in said and which in said for which in ("min 1x", "opt 3x", "odd "))
+    engine = tmp_path / "model.engine"
+    engine.write_bytes(b"")
+    assert main(["validate", str(tmp_path / "saved"), str(engine)]) == 2
+    assert "model.engine.json" in capsys.readouterr().err
