@@ -63,15 +63,21 @@ def capability_name(trt: Any, capability: str) -> Any:
     known = getattr(trt, "ComputeCapability", None)
     if known is None:
         raise InputError(f"{trt.__name__} builds for the GPU that is here only: leave out the compute capability")
-    wanted = capability.lower().replace("sm_", "sm").replace(".", "").upper()
+    wanted = canonical_capability(capability).replace("sm_", "SM")
     found = getattr(known, wanted, None)
-    if found is None or wanted in ("CURRENT", "NONE"):
+    if found is None or not wanted.startswith("SM"):
         names = sorted(n.replace("SM", "sm_") for n in dir(known) if n.startswith("SM"))
         raise InputError(
             f"{trt.__name__} {trt.__version__} cannot build for {capability}; it knows {', '.join(names)}, and the GPU "
             "that is here"
         )
     return found
+
+
+def canonical_capability(capability: str) -> str:
+    """As sidecars and :func:`gpu_capability` write it: "sm_89" for "SM89", "sm89" and "8.9"."""
+    digits = capability.lower().removeprefix("sm").removeprefix("_").replace(".", "")
+    return f"sm_{digits}" if digits.isdecimal() else capability
 
 
 def gpu_capability() -> str | None:

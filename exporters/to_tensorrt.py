@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 
 from sqa_fx.errors import InputError, MissingError
+from sqa_fx.exporters.program_checks import precision_of
 from sqa_fx.exporters.program_names import tensor_outputs
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs, require_bounds
 from sqa_fx.exporters.sdpa_translation import AttentionForm
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
 from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.exporters.tensorrt_build import AttentionLayer, build_engine
-from sqa_fx.exporters.tensorrt_library import capability_name, gpu_capability, library
+from sqa_fx.exporters.tensorrt_library import canonical_capability, capability_name, gpu_capability, library
 from sqa_fx.exporters.to_onnx import FALLBACK_OPSET, export_onnx
 
 ATTENTION_OPSET = 24
@@ -49,18 +49,22 @@ def export_tensorrt(
     Raises InputError (path, ranges, capability), MissingError (library, GPU), OnnxExportError, EngineBuildError.
     """
     trt = library(flavour)
-    built_for = compute_capability or gpu_capability()
+    here = gpu_capability()
+    built_for = here if compute_capability is None else canonical_capability(compute_capability)
     if built_for is None:
         raise MissingError(
             f"{flavour} builds for a GPU, and there is none here"
             + ("; name the one to build for: compute_capability='sm_89'" if hasattr(trt, "ComputeCapability") else "")
         )
-    if compute_capability is not None:
-        capability_name(trt, compute_capability)
+    elsewhere = None if built_for == here else built_for  # not every GPU that can be here has a name in the library
+    if elsewhere is not None:
+        capability_name(trt, elsewhere)
     inputs = input_specs(program, ranges)
     require_bounds(inputs)
     target = check_target(Path(path), overwrite, beside=(sidecar_path(path),))
     cache_path = Path(timing_cache) if timing_cache is not None else None
+    if cache_path is not None:
+        check_target(cache_path, overwrite=True)
     with staging(target) as directory:
         onnx = directory / "model.onnx"
         opset = FALLBACK_OPSET if form == "plain" else ATTENTION_OPSET
@@ -70,8 +74,7 @@ def export_tensorrt(
             onnx,
             flavour,
             inputs,
-            # The GPU that is here is best named as such: not every one has a name in the library.
-            compute_capability=None if built_for == gpu_capability() else compute_capability,
+            compute_capability=elsewhere,
             workspace_bytes=workspace_bytes,
             timing_cache=cache_path.read_bytes() if cache_path is not None and cache_path.is_file() else None,
             progress=progress,
@@ -95,16 +98,20 @@ def export_tensorrt(
         ).write(staged)
         publish(staged, target, (sidecar_path(target),))
         if cache_path is not None and built.timing_cache:
-            staged_cache = directory / cache_path.name
-            staged_cache.write_bytes(built.timing_cache)
-            os.replace(staged_cache, cache_path)
+            _write_cache(cache_path, built.timing_cache)
     return sidecar
 
 
-def precision_of(program: torch.export.ExportedProgram) -> str:
-    """The dtypes of the floating parameters, most frequent first: "torch.bfloat16"."""
-    found = Counter(str(t.dtype) for t in program.state_dict.values() if t.is_floating_point())
-    return ", ".join(name for name, _ in found.most_common()) or "none"
+def _write_cache(path: Path, data: bytes) -> None:
+    """Replace the timing cache at ``path``. Raises InputError when it cannot be written."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(data)
+        os.replace(staged, path)
+    except OSError as error:
+        raise InputError(f"cannot write the timing cache {path}: {error}; give another path") from error
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _described(layers: Sequence[AttentionLayer], counts: Mapping[str, int], form: str) -> tuple[str, ...]:

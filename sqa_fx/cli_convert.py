@@ -16,7 +16,7 @@ from torch import nn
 import sqa_fx
 from sqa_fx.cli_values import axis_ranges, head_choice, one_input_set, request, to_json
 from sqa_fx.errors import InputError, SqaError
-from sqa_fx.export import FORMATS, PRECISIONS, in_precision
+from sqa_fx.export import FORMATS, PRECISIONS, format_of, in_precision
 from sqa_fx.models import LoadedModel, load_model
 from sqa_fx.progress import steps
 from sqa_fx.region_drawing import check_target
@@ -102,7 +102,7 @@ def export_options(options: argparse.Namespace) -> dict[str, Any]:
     ):
         value = getattr(options, name)
         if value:
-            if options.to not in formats:
+            if format_of(options.output, options.to) not in formats:
                 raise InputError(f"--{name.replace('_', '-')} belongs to --to {' or '.join(formats)}")
             given[name] = value
     return given
@@ -162,10 +162,13 @@ def run_export(options: argparse.Namespace) -> int:
         loaded = load_model(options.model, pretrained=options.pretrained)
         step()
         args, kwargs = one_input_set(loaded, options.input)
-        if options.precision is not None and isinstance(loaded.module, nn.Module):
+        precision = options.precision
+        castable = isinstance(loaded.module, nn.Module) and not isinstance(loaded.module, sqa_fx.ConvertedModule)
+        if precision is not None and castable:
             # Before the conversion, whose graph keeps the casts of the dtype that it is captured in.
-            module, (args, kwargs) = in_precision(loaded.module, (args, kwargs), options.precision)
+            module, (args, kwargs) = in_precision(loaded.module, (args, kwargs), precision)
             loaded = dataclasses.replace(loaded, module=module, args=args, kwargs=kwargs)
+            precision = None
         wanted = options.hq or options.hkv or options.plan
         if not wanted and (options.heads or options.kv_merge or options.no_verify):
             raise InputError(
@@ -186,6 +189,7 @@ def run_export(options: argparse.Namespace) -> int:
                         path,
                         args=args,
                         kwargs=kwargs,
+                        precision=precision,
                         overwrite=options.overwrite,
                         **export_options(options),
                     )

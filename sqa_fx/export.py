@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import InputError, VerifyError
 from sqa_fx.export_check import check_export, verdict
 from sqa_fx.exporters.capture_program import capture_program
-from sqa_fx.exporters.program_checks import refuse_training_mode
+from sqa_fx.exporters.program_checks import precision_of, refuse_training_mode
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs
 from sqa_fx.exporters.sdpa_translation import AttentionForm
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path, versions
@@ -39,6 +40,9 @@ _FORMS: dict[str, tuple[AttentionForm, ...]] = {
     "tensorrt-rtx": ("causal", "masked", "plain"),
 }
 """Ways to write attention, fastest first: the next one is taken when the check finds the one before wrong."""
+
+_GIVEN = frozenset("args dynamic_shapes flavour form kwargs notes opset overwrite plan progress ranges".split())
+"""Keywords of the exporters that are no options here: ``export`` gives them itself."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,10 @@ def export(
         VerifyError: the file computes something else than the model, in every form of attention; nothing is written.
         MissingError: a library or a GPU is missing. And whatever the exporter of the format raises.
     """
-    form = _format(Path(path), to)
+    form = format_of(Path(path), to)
     if precision is not None and precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    target = check_target(Path(path), overwrite, beside=(sidecar_path(path), *_data_files(Path(path))))
+    target = check_target(Path(path), overwrite, beside=(sidecar_path(path), *_data_files(form, Path(path))))
     if isinstance(model, DeferredModule):
         model = model._done()
     if isinstance(model, PartlyConvertedModule):
@@ -146,12 +150,14 @@ def export(
             files = tuple(directory / name for name in sidecar.files)
             final = replace(sidecar, validation=verdict(report, found), notes=(*sidecar.notes, *tried))
             done = final.write(staged, files)
-            publish(staged, target, (sidecar_path(target), *_data_files(target)))
+            publish(staged, target, (sidecar_path(target), *_data_files(form, target)))
         return Artifact(target, done)
     raise VerifyError(f"{target.name} was not written: {'; '.join(tried)}")
 
 
-def _format(path: Path, to: str | None) -> str:
+def format_of(path: Path, to: str | None) -> str:
+    """The format of the file to write: ``to``, or what the suffix says. Raises InputError when they disagree or say
+    nothing."""
     suggested = _SUFFIX.get(path.suffix)
     if to is None:
         if suggested is None:
@@ -166,9 +172,9 @@ def _format(path: Path, to: str | None) -> str:
     return to
 
 
-def _data_files(path: Path) -> tuple[Path, ...]:
+def _data_files(form: str, path: Path) -> tuple[Path, ...]:
     """Where ONNX keeps large weights."""
-    return (path.with_name(path.name + ".data"),) if path.suffix == ".onnx" else ()
+    return (path.with_name(path.name + ".data"),) if form == "onnx" else ()
 
 
 def _program(
@@ -217,11 +223,15 @@ def in_precision(module: nn.Module, inputs: Inputs, precision: str) -> tuple[nn.
 def _write(form: str, job: _Job, staged: Path, way: AttentionForm, opset: int) -> Sidecar:
     """The file of one format at ``staged``, and its sidecar."""
     if form == "onnx":
+        from sqa_fx.exporters.to_onnx import export_onnx
+
+        _refuse_unknown(form, export_onnx, job.options)
         return _write_onnx(job, staged, way, opset)
     common: dict[str, Any] = {"ranges": job.ranges, "plan": job.plan_json, "notes": job.notes, **job.options}
     if form == "aoti":
         from sqa_fx.exporters.to_aoti import export_aoti
 
+        _refuse_unknown(form, export_aoti, job.options)
         return export_aoti(job.program, staged, **common)
     if form == "torch-tensorrt":
         from sqa_fx.exporters.to_torch_tensorrt import export_torch_tensorrt
@@ -229,7 +239,15 @@ def _write(form: str, job: _Job, staged: Path, way: AttentionForm, opset: int) -
         return export_torch_tensorrt(job.program, staged, progress=job.progress, **common)
     from sqa_fx.exporters.to_tensorrt import export_tensorrt
 
+    _refuse_unknown(form, export_tensorrt, job.options)
     return export_tensorrt(job.program, staged, flavour=form, form=way, progress=job.progress, **common)
+
+
+def _refuse_unknown(form: str, exporter: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    own = {n for n, p in inspect.signature(exporter).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    unknown = sorted(set(options) - (own - _GIVEN))
+    if unknown:
+        raise InputError(f"{form} has no option {', '.join(unknown)}; it has {', '.join(sorted(own - _GIVEN))}")
 
 
 def _write_onnx(job: _Job, staged: Path, way: AttentionForm, opset: int) -> Sidecar:
@@ -244,7 +262,7 @@ def _write_onnx(job: _Job, staged: Path, way: AttentionForm, opset: int) -> Side
         outputs=output_specs(job.program, artifact.output_names),
         attention=tuple(f"{count} {op} nodes" for op, count in artifact.attention_ops.items()),
         opset=artifact.opset,
-        precision=", ".join(sorted({str(t.dtype) for t in job.program.state_dict.values() if t.is_floating_point()})),
+        precision=precision_of(job.program),
         plan=job.plan_json,
         versions={k: v for k, v in versions("onnx", "onnxscript", "onnxruntime").items() if k.startswith("onnx")},
         notes=(*job.notes, *artifact.notes),

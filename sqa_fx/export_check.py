@@ -11,6 +11,7 @@ import torch
 
 from sqa_fx.errors import MissingError
 from sqa_fx.exporters.sidecar import AxisRange, Sidecar, TensorSpec
+from sqa_fx.exporters.tensorrt_library import gpu_capability
 from sqa_fx.flat_program import FlatProgram
 from sqa_fx.open_artifact import open_artifact
 from sqa_fx.shape_sets import input_sets_at_shapes
@@ -33,12 +34,15 @@ def check_export(
     where. Without what the file needs to run (a GPU, a library) there is no report, and the note says why.
     """
     sidecar = Sidecar.read(path)
+    built_for, here = sidecar.built_for, gpu_capability()
+    if built_for is not None and built_for.startswith("sm_") and here not in (None, built_for):
+        return None, (f"not checked: it is for {built_for}, and this GPU is {here}",)
+    if sidecar.format == "onnx" and device == "cpu" and "bfloat16" in (sidecar.precision or ""):
+        return None, ("not checked: onnxruntime has no bfloat16 kernels on the CPU",)
     try:
         runner = open_artifact(path, device=device)
     except MissingError as missing:
         return None, (f"not checked: {missing}",)
-    if runner.kind == "onnx" and device == "cpu" and any(s.dtype == "torch.bfloat16" for s in sidecar.inputs):
-        return None, ("not checked: onnxruntime has no bfloat16 kernels on the CPU",)
     bounded, notes = _bounded(sidecar.inputs, _ELEMENTS[device])
     sets = input_sets_at_shapes(bounded, vocabulary=vocabulary, device=device)
     reference = FlatProgram(program)
