@@ -82,8 +82,8 @@ def export_and_compare(
     """Export both models (with ``--no-baseline`` the converted one) to ONNX, validate the files on the input ``sets``,
     and measure all in eager PyTorch and in ONNX Runtime; whether the files are right.
 
-    Writes baseline.onnx, sqa.onnx and result.json into ``options.out``. Raises MissingError, after the rest, without the
-    libraries for ONNX.
+    Writes baseline.onnx, sqa.onnx and result.json into ``options.out``. Raises MissingError, after the rest, without
+    the libraries for ONNX.
     """
     device = next(model.parameters()).device.type
     options.out.mkdir(parents=True, exist_ok=True)
