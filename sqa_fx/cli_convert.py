@@ -163,10 +163,11 @@ def run_export(options: argparse.Namespace) -> int:
         step()
         args, kwargs = one_input_set(loaded, options.input)
         precision = options.precision
-        castable = isinstance(loaded.module, nn.Module) and not isinstance(loaded.module, sqa_fx.ConvertedModule)
-        if precision is not None and castable:
-            # Before the conversion, whose graph keeps the casts of the dtype that it is captured in.
-            module, (args, kwargs) = in_precision(loaded.module, (args, kwargs), precision)
+        original = loaded.module
+        if precision is None or isinstance(original, sqa_fx.ConvertedModule):
+            pass  # a conversion keeps the casts of the dtype that it was captured in, so that export refuses
+        elif isinstance(original, nn.Module):
+            module, (args, kwargs) = in_precision(original, (args, kwargs), precision)
             loaded = dataclasses.replace(loaded, module=module, args=args, kwargs=kwargs)
             precision = None
         wanted = options.hq or options.hkv or options.plan
