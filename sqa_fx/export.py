@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sqa_fx.export_check import check_export, verdict
 from sqa_fx.exporters.capture_program import capture_program
 from sqa_fx.exporters.program_checks import precision_of, refuse_training_mode
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs
-from sqa_fx.exporters.sdpa_translation import AttentionForm
+from sqa_fx.exporters.sdpa_translation import ATTENTION_OPSET, AttentionForm
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path, versions
 from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.inputs import Inputs, example_inputs, vocabulary_size
@@ -115,6 +115,12 @@ def export(
     form = format_of(Path(path), to)
     if precision is not None and precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if attention is not None and attention not in get_args(AttentionForm):
+        raise InputError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionForm))}")
+    if attention is not None and form not in _FORMS:
+        raise InputError(f"attention belongs to {', '.join(_FORMS)}: {form} keeps attention as it is")
+    if form == "onnx" and attention in ("causal", "masked") and opset < ATTENTION_OPSET:
+        raise InputError(f"attention {attention!r} needs opset {ATTENTION_OPSET} or later, not {opset}; use 'plain'")
     target = check_target(Path(path), overwrite, beside=(sidecar_path(path), *_data_files(form, Path(path))))
     if isinstance(model, DeferredModule):
         model = model._done()

@@ -320,6 +320,22 @@ def test_options_of_another_format(program: torch.export.ExportedProgram, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "opset", "message"),
+    [
+        ("a.onnx", "fast", 24, "attention 'fast' is not one of auto, causal, masked, plain"),
+        ("a.onnx", "causal", 18, "attention 'causal' needs opset 23 or later, not 18; use 'plain'"),
+        ("a.pt2", "plain", 24, "attention belongs to onnx, tensorrt, tensorrt-rtx: aoti keeps attention as it is"),
+    ],
+)
+def test_attention_that_does_not_fit(
+    program: torch.export.ExportedProgram, tmp_path: Path, name: str, attention: Any, opset: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sqa_fx.export(program, tmp_path / name, attention=attention, opset=opset)
+    assert os.listdir(tmp_path) == []
+
+
 def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Block says nothing of its inputs: pass args= or kwargs="):
         sqa_fx.export(block(), tmp_path / "a.onnx")
