@@ -84,7 +84,7 @@ def group(
 ) -> list[Row]:
     """All variants of one model in one engine: a row for each variant and length, or rows that say what failed."""
     shape, dtype = SHAPES[model], PRECISIONS[dtype_name]
-    example = shape.inputs(1, 64, dtype, options.device)
+    example = shape.inputs(1, min(64, max(options.lengths)), dtype, options.device)
     about = {"model": model, "dtype": dtype_name, "engine": engine}
     runners: dict[str, Runner] = {}
     rows: list[Row] = []
@@ -210,7 +210,7 @@ def variants_of(model: str, base: nn.Module, options: argparse.Namespace, dtype:
 
 def converted(base: nn.Module, shape: Shape, heads: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The conversion to ``heads``: a variant by name, or a share of the query heads."""
-    example = shape.inputs(1, 64, dtype, options.device)
+    example = shape.inputs(1, min(64, max(options.lengths)), dtype, options.device)
     return sqa_fx.convert(base, hq=heads, args=(example,), dynamic_shapes=length_is_free(max(options.lengths)))
 
 

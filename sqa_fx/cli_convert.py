@@ -226,7 +226,7 @@ def _described(artifact: sqa_fx.Artifact) -> str:
         at = ", ".join(checked["labels"])
         said = f"check: error {checked['error']:.3g}, allowed {checked['tolerance']:.3g}, at {at}"
     else:
-        said = f"check: {checked.get('reason')}"
+        said = f"check: not made: {checked.get('reason')}"
     lines = [f"wrote {artifact.path}: {built}"]
     for what, specs in (("input", about.inputs), ("output", about.outputs)):
         lines += [f"{what} {s.name}: {s.dtype} [{', '.join(str(n) for n in s.shape)}]" for s in specs]

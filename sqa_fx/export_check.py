@@ -36,13 +36,13 @@ def check_export(
     sidecar = Sidecar.read(path)
     built_for, here = sidecar.built_for, gpu_capability()
     if built_for is not None and built_for.startswith("sm_") and here not in (None, built_for):
-        return None, (f"not checked: it is for {built_for}, and this GPU is {here}",)
+        return None, (f"it is for {built_for}, and this GPU is {here}",)
     if sidecar.format == "onnx" and device == "cpu" and "bfloat16" in (sidecar.precision or ""):
-        return None, ("not checked: onnxruntime has no bfloat16 kernels on the CPU",)
+        return None, ("onnxruntime has no bfloat16 kernels on the CPU",)
     try:
         runner = open_artifact(path, device=device)
     except MissingError as missing:
-        return None, (f"not checked: {missing}",)
+        return None, (str(missing),)
     bounded, notes = _bounded(sidecar.inputs, _ELEMENTS[device])
     sets = input_sets_at_shapes(bounded, vocabulary=vocabulary, device=device)
     reference = FlatProgram(program)
