@@ -82,7 +82,7 @@ def _eager() -> Answer:
 def _cuda() -> Answer:
     found = _versions("torch")
     if torch.version.cuda is None:
-        fix = "pip install --force-reinstall torch, in the CUDA build that pytorch.org/get-started names for your driver"
+        fix = "pip install --force-reinstall torch, in the CUDA build that pytorch.org names for your driver"
         return Answer("missing", f"torch {torch.__version__} was built without CUDA", fix, found)
     found["cuda"] = torch.version.cuda
     if not torch.cuda.is_available():
