@@ -36,7 +36,7 @@ $(PY):
 
 # timm and torchvision come without their dependencies: they would ask for another torch. Beside a CPU-only torch the
 # compiled operators of torchvision do not load; tests/conftest.py declares the ones that its import misses.
-$(STAMP): $(PY) pyproject.toml constraints.txt
+$(STAMP): $(PY) pyproject.toml constraints.txt Makefile
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm torchvision==0.28.0
