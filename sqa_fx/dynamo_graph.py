@@ -256,7 +256,8 @@ def _assemble(
             continue
         path = _register(root, name, values[position])
         with graph.inserting_before(node):
-            attribute = graph.get_attr(path)
+            # Not graph.get_attr, which warns: the module that will hold it is not the one that was traced.
+            attribute = graph.create_node("get_attr", path)
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
