@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.version import __version__
+from sqa_fx.whole_file import write_whole
 
 FORMAT = "sqa-fx-artifact"
 VERSION = 1
@@ -46,6 +47,12 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | AxisRange, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype that is meant; None where this torch has none of that name."""
+        found = getattr(torch, self.dtype.removeprefix("torch."), None)
+        return found if isinstance(found, torch.dtype) else None
 
     def sizes(self, which: str) -> tuple[int, ...]:
         """The shape at ``which`` of ``min``, ``opt`` and ``max``. An open maximum counts as ``opt``."""
@@ -76,19 +83,12 @@ class Sidecar:
 
     def write(self, path: str | os.PathLike[str], files: Sequence[Path] = ()) -> Sidecar:
         """Write this as the sidecar of the artifact at ``path`` (complete or not at all), with the digests of ``files``
-        (default: of ``path``); the sidecar as written."""
-        digests = {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files or (Path(path),)}
+        (default: of ``path``) unless it has digests already; the sidecar as written."""
+        files = files or (Path(path),)
+        digests = self.files or {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
         done = replace(self, files=digests, versions={**versions(), **self.versions})
         text = json.dumps({"format_of_this": FORMAT, "version": VERSION, **asdict(done)}, indent=1, allow_nan=False)
-        target = sidecar_path(path)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            staged.write_text(text + "\n")
-            os.replace(staged, target)
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error}; free some space or give another path") from error
-        finally:
-            staged.unlink(missing_ok=True)
+        write_whole(sidecar_path(path), f"{text}\n".encode(), overwrite=True)
         return done
 
     @classmethod
@@ -118,6 +118,12 @@ class Sidecar:
             if sha256(file) != entry["sha256"]:
                 raise InputError(f"{file} is not the file that {target.name} describes (SHA-256 differs); export again")
         return found
+
+    @property
+    def floating_dtype(self) -> torch.dtype:
+        """The first floating point type of the outputs, else of the inputs; float32 without any."""
+        kinds = (spec.torch_dtype for spec in (*self.outputs, *self.inputs))
+        return next((d for d in kinds if d is not None and d.is_floating_point), torch.float32)
 
     def check_inputs(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise InputError unless ``tensors``, by input name, fit: dtype, rank, sizes within their ranges, and equal

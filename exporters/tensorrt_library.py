@@ -11,7 +11,9 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from sqa_fx.errors import InputError, MissingError
+import torch
+
+from sqa_fx.errors import InputError, MissingError, first_line
 
 log = logging.getLogger(__name__)
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
@@ -33,7 +35,7 @@ def library(flavour: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except (ImportError, OSError) as error:  # a library that lacks its CUDA raises OSError
-            reasons.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            reasons.append(f"{name}: {first_line(error)}")
     raise MissingError(f"{flavour} is not here ({'; '.join(reasons)}): {_INSTALL[flavour]}")
 
 
@@ -80,11 +82,21 @@ def canonical_capability(capability: str) -> str:
     return f"sm_{digits}" if digits.isdecimal() else capability
 
 
-def gpu_capability() -> str | None:
-    """The compute capability of the current GPU as "sm_90"; None without one."""
-    import torch
-
+def gpu_capability(device: torch.device | None = None) -> str | None:
+    """The compute capability of ``device`` (None: the current GPU) as "sm_90"; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def require_gpu(name: str, built_for: str | None) -> None:
+    """Raise MissingError without a GPU, and InputError for one that the engine ``name`` was not built for."""
+    here = gpu_capability()
+    if here is None:
+        raise MissingError(f"{name} runs on a GPU of {built_for}, and there is no GPU here")
+    if here != built_for:
+        raise InputError(
+            f"{name} was built for {built_for}, and this GPU is {here}: engines can be silently wrong elsewhere; "
+            "export it again for this GPU"
+        )

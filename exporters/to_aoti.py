@@ -22,6 +22,7 @@ from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs
 from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
 from sqa_fx.exporters.size_conditions import size_conditions
 from sqa_fx.exporters.target_file import check_target, publish, staging
+from sqa_fx.exporters.tensorrt_library import gpu_capability
 from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.plan import Plan
 
@@ -89,10 +90,7 @@ def export_aoti(
 
 def capability(device: torch.device) -> str:
     """What a package built on ``device`` runs on: ``sm_90``, or ``cpu``."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return (gpu_capability(device) if device.type == "cuda" else None) or device.type
 
 
 def machine() -> str:

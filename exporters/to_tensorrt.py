@@ -20,6 +20,7 @@ from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.exporters.tensorrt_build import AttentionLayer, build_engine
 from sqa_fx.exporters.tensorrt_library import canonical_capability, capability_name, gpu_capability, library
 from sqa_fx.exporters.to_onnx import FALLBACK_OPSET, export_onnx
+from sqa_fx.whole_file import write_whole
 
 ATTENTION_OPSET = 24
 
@@ -98,20 +99,8 @@ def export_tensorrt(
         ).write(staged)
         publish(staged, target, (sidecar_path(target),))
         if cache_path is not None and built.timing_cache:
-            _write_cache(cache_path, built.timing_cache)
+            write_whole(cache_path, built.timing_cache, overwrite=True)
     return sidecar
-
-
-def _write_cache(path: Path, data: bytes) -> None:
-    """Replace the timing cache at ``path``. Raises InputError when it cannot be written."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_bytes(data)
-        os.replace(staged, path)
-    except OSError as error:
-        raise InputError(f"cannot write the timing cache {path}: {error}; give another path") from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _described(layers: Sequence[AttentionLayer], counts: Mapping[str, int], form: str) -> tuple[str, ...]:

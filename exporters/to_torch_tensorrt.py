@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sqa_fx.errors import InputError, MissingError, SqaError
+from sqa_fx.errors import InputError, MissingError, SqaError, first_line
 from sqa_fx.exporters.program_checks import precision_of
 from sqa_fx.exporters.program_names import tensor_outputs
 from sqa_fx.exporters.ranges import Ranges, input_specs, output_specs, require_bounds
@@ -47,10 +47,9 @@ def torch_tensorrt_library() -> ModuleType:
     try:
         return importlib.import_module("torch_tensorrt")
     except (ImportError, OSError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingError(
-            f"torch_tensorrt does not load ({reason}): pip install 'sqa-fx[torch-tensorrt]', on a machine with a GPU "
-            "and a CUDA build of torch"
+            f"torch_tensorrt does not load ({first_line(error)}): pip install 'sqa-fx[torch-tensorrt]', on a machine "
+            "with a GPU and a CUDA build of torch"
         ) from error
 
 
@@ -187,7 +186,7 @@ def partition_of(compiled: nn.Module) -> Partition:
 
 
 def _input(trt: Any, spec: TensorSpec) -> Any:
-    dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+    dtype = spec.torch_dtype
     if not any(isinstance(n, AxisRange) for n in spec.shape):
         return trt.Input(shape=spec.sizes("opt"), dtype=dtype, name=spec.name)
     shapes = {f"{which}_shape": spec.sizes(which) for which in ("min", "opt", "max")}
@@ -195,5 +194,4 @@ def _input(trt: Any, spec: TensorSpec) -> Any:
 
 
 def _example(spec: TensorSpec) -> Tensor:
-    dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-    return torch.zeros(spec.sizes("opt"), dtype=dtype, device="cuda")
+    return torch.zeros(spec.sizes("opt"), dtype=spec.torch_dtype, device="cuda")

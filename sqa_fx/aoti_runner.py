@@ -53,8 +53,7 @@ class AotiRunner:
         self._positions = [int(i) for i in metadata[OUTPUTS].split(",") if i]
         self.input_names = tuple(spec.name for spec in self.sidecar.inputs)
         self.output_names = tuple(spec.name for spec in self.sidecar.outputs)
-        kinds = [getattr(torch, s.dtype.removeprefix("torch.")) for s in (*self.sidecar.outputs, *self.sidecar.inputs)]
-        self.dtype: torch.dtype = next((d for d in kinds if d.is_floating_point), torch.float32)
+        self.dtype = self.sidecar.floating_dtype
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """See ``Runner.run``; keyword tensors go to the inputs of their names, all others to the rest in order.

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sqa_fx.calls import CallBinder
-from sqa_fx.errors import InputError
+from sqa_fx.errors import InputError, first_line
 from sqa_fx.module import ConvertedModule
 from sqa_fx.passes.capture import capture
 from sqa_fx.passes.find import GraphFacts, find_cores
@@ -160,10 +160,9 @@ def _sizes(
             watch.run(*leaves, enable_io_processing=False)
     except Exception as error:  # whatever an op raises for sizes that do not fit, or that it cannot know
         shapes = [list(x.shape) for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the graph does not run on fake inputs of shapes {shapes} ({reason[:200]}): give inputs that it was "
-            "captured for; where sizes depend on data, measure with torch.profiler instead"
+            f"the graph does not run on fake inputs of shapes {shapes} ({first_line(error)[:200]}): give inputs that "
+            "it was captured for; where sizes depend on data, measure with torch.profiler instead"
         ) from error
     return watch.seen
 

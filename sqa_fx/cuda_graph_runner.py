@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sqa_fx.errors import InputError, MissingError
+from sqa_fx.errors import InputError, MissingError, first_line
 from sqa_fx.runners import Runner
 
 _WARMUP = 3  # as many as torch's documentation makes before it records
@@ -67,10 +67,10 @@ class CudaGraphRunner:
                     self._outputs = runner.run(static_args, static_kwargs)
             except RuntimeError as error:
                 cause = error.__context__ or error  # ending an invalid recording raises another error on top
-                reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
                 raise InputError(
-                    f"{runner.name} cannot be recorded as a CUDA graph on inputs {_shapes(leaves)} ({reason}): the "
-                    "call must neither wait for the GPU (.item(), .cpu(), printing) nor make sizes from data"
+                    f"{runner.name} cannot be recorded as a CUDA graph on inputs {_shapes(leaves)} "
+                    f"({first_line(cause)}): the call must neither wait for the GPU (.item(), .cpu(), printing) nor "
+                    "make sizes from data"
                 ) from error
             torch.cuda.synchronize()
             self._memory = torch.cuda.max_memory_allocated() - before

@@ -26,7 +26,7 @@ from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import traceback as fx_traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sqa_fx.errors import CaptureError
+from sqa_fx.errors import CaptureError, first_line
 
 _TABLE = re.compile(r"\._(?:modules|parameters|buffers)\[")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
@@ -89,7 +89,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
         ):
             traced, signature = aot_export_module(runner, fakes, trace_joint=False, decompositions={})
     except Exception as error:
-        raise CaptureError(f"the graph cannot be traced to ATen operators: {_first_line(error)}") from error
+        raise CaptureError(f"the graph cannot be traced to ATen operators: {first_line(error)[:300]}") from error
     assert isinstance(traced, fx.GraphModule)
     names = [n.name for n in placeholders]
     mutated = {signature.user_inputs.index(name): out for out, name in signature.user_inputs_to_mutate.items()}
@@ -116,10 +116,6 @@ def _composites(name: str) -> tuple[torch._ops.OpOverload, ...]:
         return ()
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return tuple(op for op in overloads if _is_preservable_cia_op(op))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _check_traceable(module: fx.GraphModule, gradients: bool) -> None:

@@ -45,3 +45,8 @@ class MissingError(SqaError):
     """A package, a file or a piece of hardware that is needed is not there."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -154,9 +154,8 @@ def export(
                 worst = next(c for c in report.comparisons if not c.passed)
                 tried.append(f"attention {way!r} is wrong here ({report.label(worst.input_set)}: {worst.problem})")
                 continue
-            files = tuple(directory / name for name in sidecar.files)
             final = replace(sidecar, validation=verdict(report, found), notes=(*sidecar.notes, *tried))
-            done = final.write(staged, files)
+            done = final.write(staged)
             publish(staged, target, (sidecar_path(target), *_data_files(form, target)))
         return Artifact(target, done)
     raise VerifyError(f"{target.name} was not written: {'; '.join(tried)}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.layered_layout import Layering, layered
 from sqa_fx.region_graph import Box, RegionGraph, Role
+from sqa_fx.whole_file import write_whole
 
 # Fill and border by role: tints of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS: dict[Role, tuple[str, str, str]] = {
@@ -248,21 +249,10 @@ def _legend(axes: Any, entries: Sequence[Box], top: float) -> None:
 
 
 def _write(figure: Any, target: Path, description: str, dots_per_inch: float) -> None:
-    """Write beside the target and rename."""
+    """Draw into the target, whole or not at all."""
     kind = target.suffix[1:]
-    try:
-        descriptor, staged = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-        os.close(descriptor)
-    except OSError as e:
-        raise InputError(f"cannot write in {target.parent}: {e}; give a path in a directory that you may write") from e
     # The same drawing is the same file.
     metadata = {"Title": "sqa-fx inspect", "Description": description} | ({"Date": None} if kind == "svg" else {})
-    try:
-        figure.savefig(staged, format=kind, dpi=dots_per_inch, metadata=metadata)
-        os.chmod(staged, 0o644)  # mkstemp keeps it to its owner
-        os.replace(staged, target)
-    except OSError as e:
-        raise InputError(f"cannot write {target}: {e}; free some space or give another path") from e
-    finally:
-        if os.path.exists(staged):
-            os.unlink(staged)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=dots_per_inch, metadata=metadata)
+    write_whole(target, drawn.getvalue(), overwrite=True)  # what may be replaced was asked before drawing

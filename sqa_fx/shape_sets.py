@@ -137,8 +137,7 @@ def _narrowed(own: AxisRange, spec: TensorSpec, axis: int, others: Sequence[Tens
 
 def is_floating(spec: TensorSpec) -> bool:
     """Whether the tensor holds real numbers."""
-    dtype = getattr(torch, spec.dtype.removeprefix("torch."), None)
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return spec.torch_dtype is not None and spec.torch_dtype.is_floating_point
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:
@@ -158,8 +157,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     made = {}
     for index, spec in enumerate(specs):
-        dtype = getattr(torch, spec.dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype) or dtype.is_complex:
+        dtype = spec.torch_dtype
+        if dtype is None or dtype.is_complex:
             raise InputError(f"input {spec.name} is {spec.dtype}, and values are made for real and bool dtypes only")
         shape = [n if isinstance(n, int) else sizes[n.name] for n in spec.shape]
         made[spec.name] = make_input(spec.name, shape, dtype, vocabulary, seed + index).to(device)

@@ -13,7 +13,8 @@ from torch import Tensor
 from sqa_fx.call_tensors import lay_out
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.exporters.sidecar import Sidecar
-from sqa_fx.exporters.tensorrt_library import gpu_capability, library, logger
+from sqa_fx.exporters.tensorrt_library import library, logger, require_gpu
+from sqa_fx.whole_file import write_whole
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -51,14 +52,7 @@ class TensorRtRunner:
         self.kind = self.sidecar.format
         self.name = name or self.kind
         trt = library(self.kind)
-        here = gpu_capability()
-        if here is None:
-            raise MissingError(f"{self.path.name} runs on a GPU of {self.sidecar.built_for}, and there is no GPU here")
-        if here != self.sidecar.built_for:
-            raise InputError(
-                f"{self.path.name} was built for {self.sidecar.built_for}, and this GPU is {here}: engines can be "
-                "silently wrong elsewhere; export it again for this GPU"
-            )
+        require_gpu(self.path.name, self.sidecar.built_for)
         self._log = logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
@@ -72,14 +66,7 @@ class TensorRtRunner:
         self._outputs = [s.name for s in self.sidecar.outputs]
         if inputs != {s.name for s in self.sidecar.inputs} or set(names) - inputs != set(self._outputs):
             raise InputError(f"{self.path.name} has tensors {', '.join(names)}, and its sidecar names others")
-        self.dtype = next(
-            (
-                d
-                for d in (getattr(torch, s.dtype.removeprefix("torch.")) for s in self.sidecar.outputs)
-                if d.is_floating_point
-            ),
-            torch.float32,
-        )
+        self.dtype = self.sidecar.floating_dtype
 
     def _make_context(self, trt: Any) -> Any:
         if not hasattr(self._engine, "create_runtime_config"):
@@ -104,9 +91,7 @@ class TensorRtRunner:
         """Write the kernels compiled so far to the ``runtime_cache`` file. Raises InputError when none was named."""
         if self._cache_path is None or self._cache is None:
             raise InputError("no runtime cache: give runtime_cache=FILE, with an engine of tensorrt-rtx")
-        staged = self._cache_path.with_name(f".{self._cache_path.name}.{os.getpid()}")
-        staged.write_bytes(bytes(self._cache.serialize()))
-        os.replace(staged, self._cache_path)
+        write_whole(self._cache_path, bytes(self._cache.serialize()), overwrite=True)
 
     def device_memory(self) -> int:
         """Bytes of GPU memory that the engine takes for its activations, which torch does not see."""

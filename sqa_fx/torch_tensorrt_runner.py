@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sqa_fx.call_tensors import lay_out
-from sqa_fx.errors import InputError, MissingError
 from sqa_fx.exporters.sidecar import Sidecar
-from sqa_fx.exporters.tensorrt_library import gpu_capability
+from sqa_fx.exporters.tensorrt_library import require_gpu
 from sqa_fx.exporters.to_torch_tensorrt import torch_tensorrt_library
 from sqa_fx.runners import named_outputs
 
@@ -31,16 +30,9 @@ class TorchTensorRtRunner:
         self.path, self.name = Path(path), name
         self.sidecar = Sidecar.read(self.path)
         torch_tensorrt_library()  # registers the operators that the file holds
-        here = gpu_capability()
-        if here is None:
-            raise MissingError(f"{self.path.name} runs on a GPU of {self.sidecar.built_for}, and there is no GPU here")
-        if here != self.sidecar.built_for:
-            raise InputError(
-                f"{self.path.name} was built for {self.sidecar.built_for}, and this GPU is {here}; export it again"
-            )
+        require_gpu(self.path.name, self.sidecar.built_for)
         self._module = torch.export.load(self.path).module()
-        dtypes = [getattr(torch, s.dtype.removeprefix("torch.")) for s in self.sidecar.outputs]
-        self.dtype: torch.dtype = next((d for d in dtypes if d.is_floating_point), torch.float32)
+        self.dtype = self.sidecar.floating_dtype
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """See ``Runner.run``. Raises InputError for tensors outside of the profile."""

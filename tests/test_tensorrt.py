@@ -171,7 +171,7 @@ def test_without_a_gpu_an_engine_does_not_run(artifact: Artifact) -> None:
 
 
 def as_if_on(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
-    for module in ("sqa_fx.tensorrt_runner", "sqa_fx.export_check", "sqa_fx.exporters.to_tensorrt"):
+    for module in ("sqa_fx.exporters.tensorrt_library", "sqa_fx.export_check", "sqa_fx.exporters.to_tensorrt"):
         monkeypatch.setattr(f"{module}.gpu_capability", lambda: capability)
 
 
