@@ -270,6 +270,8 @@ def main() -> None:
     options = parser.parse_args()
     options.device = "cuda" if cuda else "cpu"
     options.layers = options.layers or (None if cuda else 1)
+    # Converted modules share one forward, and dynamo counts its forms over all of them: past 8 it runs them eagerly.
+    torch._dynamo.config.recompile_limit = 64
     start = time.perf_counter()
     rows: list[Row] = []
     about = {"layers": options.layers, "batch": 1, **environment(torch.device("cuda", 0) if cuda else None)}
