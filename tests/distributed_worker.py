@@ -1,7 +1,11 @@
-"""One of two processes that train a converted model together; run by test_distributed.py."""
+"""One of two processes that train a converted model together, in several ways one after the other; run by
+test_distributed.py.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -29,11 +33,16 @@ def model() -> nn.Module:
     return Stack([FusedAttention(48, 8), FusedAttention(48, 8)], 48)
 
 
-def converted() -> sqa_fx.ConvertedModule:
-    """The same converted model in every process."""
+@functools.cache
+def _converted_once() -> sqa_fx.ConvertedModule:
     result = sqa_fx.convert(model(), hq=4, hkv=2, args=(tokens(BATCH, 7),))
     assert isinstance(result, sqa_fx.ConvertedModule)
     return result
+
+
+def converted() -> sqa_fx.ConvertedModule:
+    """The same converted model in every process."""
+    return copy.deepcopy(_converted_once())
 
 
 def train(module: Callable[..., Any], parameters: list[nn.Parameter], ids: Tensor, autocast: bool = False) -> None:
@@ -52,10 +61,8 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def main(way: str, folder: Path) -> None:
+def _train_in(way: str, rank: int, folder: Path) -> None:
     """Train in ``way`` on this process's half of the batch; the first process writes the weights."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     ids = tokens(BATCH, 7)[rank * 2 : rank * 2 + 2]
     own: nn.Module = model() if way == "backend ddp" else converted()
     if "checkpoint" in way:
@@ -71,12 +78,20 @@ def main(way: str, folder: Path) -> None:
     train(module, list(own.parameters()), ids, "autocast" in way)
     state = {name: whole(p) for name, p in own.named_parameters()}
     if rank == 0:
-        torch.save(state, folder / "state.pt")
+        torch.save(state, folder / f"{way}.pt")
         if way == "backend ddp":
             sqa_fx.last_plan(own).save(folder / "plan.json")
     dist.barrier()
+
+
+def main(folder: Path, ways: list[str]) -> None:
+    """Train in every one of ``ways``, each time from the same weights."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    for way in ways:
+        _train_in(way, rank, folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -190,14 +190,22 @@ def _model(name: str) -> tuple[Original, Tensor]:
 @pytest.mark.parametrize(("name", "kept", "order", "groups"), ROWS)
 def test_equals_hand_sliced_weights(name: str, kept: list[int], order: list[int], groups: list[list[int]]) -> None:
     """The converted model computes what the hand-sliced module does, and its plan alone is enough to redo the
-    slicing."""
+    slicing. The first row of each layout is captured with free sizes."""
     model, x = _model(name)
-    converted = sqa_fx.convert(model, hq=len(kept), hkv=len(groups), heads={"*": kept}, args=(x,))
+    free = (name, kept, order, groups) == next(row for row in ROWS if row[0] == name)
+    converted = sqa_fx.convert(
+        model,
+        hq=len(kept),
+        hkv=len(groups),
+        heads={"*": kept},
+        args=(x,),
+        dynamic_shapes="auto" if free else None,
+    )
     site = converted.plan.sites[0]
     assert list(site.query_heads) == order
     assert [sorted(group) for group in site.kv_groups] == groups
     hand = _hand(model, LAYOUTS[name], order, [[h] for h in order], groups)
-    for inputs in (x, torch.randn(3, 11, WIDTH).double()):
+    for inputs in (x, torch.randn(3, 11, WIDTH).double()) if free else (x,):
         torch.testing.assert_close(converted(inputs), hand(inputs), rtol=0, atol=1e-12)
 
     expected, actual = cut(model.state_dict(), converted.plan.to_json()), converted.state_dict()
@@ -209,17 +217,16 @@ def test_equals_hand_sliced_weights(name: str, kept: list[int], order: list[int]
 @pytest.mark.parametrize("name", ["3hd", "h3d", "d3h"])
 def test_fewer_query_than_kv_heads(name: str) -> None:
     model, x = _model(name)
-    converted = sqa_fx.convert(model, hq=2, hkv=4, heads={"*": [0, 2, 3, 5]}, args=(x,))
+    converted = sqa_fx.convert(model, hq=2, hkv=4, heads={"*": [0, 2, 3, 5]}, args=(x,), dynamic_shapes=None)
     hand = _hand(model, LAYOUTS[name], [0, 2, 3, 5], [[0, 2], [3, 5]], [[0], [2], [3], [5]])
-    for inputs in (x, torch.randn(3, 11, WIDTH).double()):
-        torch.testing.assert_close(converted(inputs), hand(inputs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(converted(x), hand(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["3hd", "gqa", "tiled"])
 def test_selected_kv_head_is_one_of_the_originals(name: str) -> None:
     model, x = _model(name)
     kept, order, groups = {"3hd": MHA, "gqa": GQA, "tiled": TILED}[name][0]
-    converted = sqa_fx.convert(model, hq=4, hkv=2, heads={"*": kept}, kv_merge="select", args=(x,))
+    converted = sqa_fx.convert(model, hq=4, hkv=2, heads={"*": kept}, kv_merge="select", args=(x,), dynamic_shapes=None)
     choices = [[[a], [b]] for a in groups[0] for b in groups[1]]
     hands = [_hand(model, LAYOUTS[name], order, [[h] for h in order], choice) for choice in choices]
     assert sum(bool(torch.allclose(converted(x), hand(x), rtol=0, atol=1e-12)) for hand in hands) == 1

@@ -223,19 +223,19 @@ def test_paths_are_short_and_printable(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_errors_name_the_line() -> None:
     with pytest.raises(NoAttentionError) as missing:
-        sqa_fx.convert(OutputSquaredAcrossHeads().eval(), hq=2, args=(X,))
+        sqa_fx.convert(OutputSquaredAcrossHeads().eval(), hq=2, args=(X,), dynamic_shapes=None)
     assert f"({line_of(OutputSquaredAcrossHeads, 'F.scaled_dot_product_attention')})" in str(missing.value)
     assert f"({line_of(OutputSquaredAcrossHeads, 'self.out(F.layer_norm')})" in str(missing.value)
     assert "to convert: " in str(missing.value)
     with pytest.raises(PlanError, match="hq=9") as impossible:
-        sqa_fx.convert(Pair(Plain(), Plain()).eval(), hq=9, args=(X,))
+        sqa_fx.convert(Pair(Plain(), Plain()).eval(), hq=9, args=(X,), dynamic_shapes=None)
     assert f"the site is at {line_of(Plain, 'F.scaled_dot_product_attention')}" in str(impossible.value)
 
 
 def test_a_failed_proof_names_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "masked_weights", lambda module, plan: {})
     with pytest.raises(VerifyError, match="first at site") as failed:
-        sqa_fx.convert(Plain().eval(), hq=2, args=(X,))
+        sqa_fx.convert(Plain().eval(), hq=2, args=(X,), dynamic_shapes=None)
     assert f"({line_of(Plain, 'F.scaled_dot_product_attention')})" in str(failed.value)
 
 
@@ -256,7 +256,7 @@ UNSEEN = [EveryFrame(), PooledGate(), Plain(), OutputSquaredAcrossHeads(), Talki
 
 @pytest.mark.parametrize(("model", "name", "what"), [pytest.param(*c, id=f"{c[0]._get_name()}-{c[2]}") for c in SEEN])
 def test_other_mixers_are_seen_and_left_alone(model: nn.Module, name: str, what: str) -> None:
-    report = converted(Pair(Plain(), model).eval(), hq=2, args=(X,)).report
+    report = converted(Pair(Plain(), model).eval(), hq=2, args=(X,), dynamic_shapes=None).report
     assert [s.name for s in report.sites] == ["first"]
     (mixer,) = report.other_mixers
     assert mixer.name == name
@@ -268,7 +268,7 @@ def test_other_mixers_are_seen_and_left_alone(model: nn.Module, name: str, what:
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=m._get_name()) for m in UNSEEN])
 def test_what_is_no_other_mixer(model: nn.Module) -> None:
-    assert sqa_fx.inspect(Pair(Plain(), model).eval(), args=(X,)).other_mixers == []
+    assert sqa_fx.inspect(Pair(Plain(), model).eval(), args=(X,), dynamic_shapes=None).other_mixers == []
 
 
 def test_relative_positions_belong_to_their_site() -> None:
@@ -292,7 +292,7 @@ def test_relative_positions_belong_to_their_site() -> None:
 
 def test_no_attention_says_what_is_there_instead() -> None:
     with pytest.raises(NoAttentionError, match=r"no attention found.*seen instead: 'layer' \(tests.*LSTM"):
-        sqa_fx.convert(Recurrent(nn.LSTM).eval(), hq=2, args=(X,))
+        sqa_fx.convert(Recurrent(nn.LSTM).eval(), hq=2, args=(X,), dynamic_shapes=None)
 
 
 # -- the drawing -----------------------------------------------------------------------------------------------------
