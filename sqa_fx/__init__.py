@@ -4,8 +4,12 @@ from sqa_fx.api import convert, inspect
 from sqa_fx.backend import backend
 from sqa_fx.compiled_plans import compiled_graphs, last_plan
 from sqa_fx.errors import SqaError
+from sqa_fx.evaluate import Evaluation, evaluate
 from sqa_fx.export import Artifact, export
 from sqa_fx.generation import convert_for_generation
+from sqa_fx.heal import heal
+from sqa_fx.heal_options import HealOptions
+from sqa_fx.heal_report import HealReport
 from sqa_fx.module import ConvertedModule, load
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
@@ -15,6 +19,9 @@ from sqa_fx.version import __version__
 __all__ = [
     "Artifact",
     "ConvertedModule",
+    "Evaluation",
+    "HealOptions",
+    "HealReport",
     "PartlyConvertedModule",
     "Plan",
     "Report",
@@ -24,7 +31,9 @@ __all__ = [
     "compiled_graphs",
     "convert",
     "convert_for_generation",
+    "evaluate",
     "export",
+    "heal",
     "inspect",
     "last_plan",
     "load",

@@ -41,6 +41,12 @@ class VerifyError(SqaError):
     exit_code = 1
 
 
+class HealError(SqaError):
+    """Healing failed underway (a loss that is not finite, an error in the model); the student is as it was before."""
+
+    exit_code = 1
+
+
 class MissingError(SqaError):
     """A package, a file or a piece of hardware that is needed is not there."""
 
