@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sqa_fx import cli_bench, cli_compare, cli_convert
+from sqa_fx import cli_bench, cli_compare, cli_convert, cli_heal
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.inputs import SPEC_GRAMMAR
 from sqa_fx.models import FORMS
@@ -82,13 +82,23 @@ def build_parser() -> argparse.ArgumentParser:
     cli_bench.add_bench(bench)
     bench.set_defaults(run=cli_compare.run_bench)
 
+    heal = commands.add_parser("heal", help="distil the original into a conversion, on text or token ids")
+    cli_heal.add_pair(heal)
+    cli_heal.add_heal(heal)
+    heal.set_defaults(run=cli_heal.run_heal)
+
+    evaluate = commands.add_parser("evaluate", help="say how well a conversion does beside its original, on data")
+    cli_heal.add_pair(evaluate)
+    cli_heal.add_evaluate(evaluate)
+    evaluate.set_defaults(run=cli_heal.run_evaluate)
+
     doctor = commands.add_parser("doctor", help="say which engines are usable here, and what is missing for the others")
     doctor.add_argument("--timeout", type=float, default=120.0, help="seconds for each probe (default: 120)")
     doctor.set_defaults(run=run_doctor)
 
-    for command in (inspect, convert, export, bench):
+    for command in (inspect, convert, export, bench, heal):
         command.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
-    for command in (inspect, convert, export, validate, bench, doctor):
+    for command in (inspect, convert, export, validate, bench, heal, evaluate, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -173,6 +173,7 @@ def token_batches(
     vocabulary: int | None = None,
     seed: int | None = None,
     drop_last: bool = False,
+    mask: bool = False,
 ) -> TokenBatches:
     """The text or token ids in ``path`` (a file or a folder) as batches of ``batch`` rows of ``sequence`` tokens.
 
@@ -181,7 +182,8 @@ def token_batches(
     document is a row of its own, cut off at ``sequence`` tokens or padded to it, with an attention mask; a document
     of text is then a line that is not blank, with the tokenizer's special tokens. ``tokenizer`` may be None for files
     of ids. ``rows`` stops reading after that many. ``vocabulary`` is the number of ids that the model knows. ``seed``
-    and ``drop_last`` are those of `TokenBatches`. Ids are held in memory, 4 bytes each.
+    and ``drop_last`` are those of `TokenBatches`; with ``mask``, full rows have an attention mask, too. Ids are held in
+    memory, 4 bytes each.
 
     Raises:
         MissingError: there is no such path.
@@ -208,6 +210,8 @@ def token_batches(
             if pack
             else f"{path} holds no tokens"
         )
+    if mask and lengths is None:
+        lengths = torch.full((ids.shape[0],), sequence)
     return TokenBatches(torch.from_numpy(ids), lengths, batch, seed, drop_last)
 
 
