@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 PIP_FLAGS ?=
 FUZZ_FLAGS ?= --programs 2000 --seed 0 --jobs 2
 
@@ -17,14 +17,15 @@ PIP := $(PY) -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: help env test fuzz check format demo clean
+.PHONY: help env test test-all fuzz check format demo clean
 help:
-	@echo "make env     create $(VENV) with everything that tests and demo need"
-	@echo "make test    run the tests"
-	@echo "make fuzz    convert thousands of random attention programs (FUZZ_FLAGS='--programs 2000 --seed 0 --jobs 2')"
-	@echo "make check   ruff check, ruff format --check, mypy --strict"
-	@echo "make format  let ruff mend what it can"
-	@echo "make demo    convert all-MiniLM-L6-v2, prove it, export it, compare it: table and plot in demo-out/"
+	@echo "make env       create $(VENV) with everything that tests and demo need"
+	@echo "make test      run the tests"
+	@echo "make test-all  run them with the rest of the long sweeps"
+	@echo "make fuzz      convert thousands of random attention programs (FUZZ_FLAGS='--programs 2000 --seed 0 --jobs 2')"
+	@echo "make check     ruff check, ruff format --check, mypy --strict"
+	@echo "make format    let ruff mend what it can"
+	@echo "make demo      convert all-MiniLM-L6-v2, prove it, export it, compare it: table and plot in demo-out/"
 
 env: $(STAMP)
 
@@ -50,6 +51,9 @@ $(DEMO_STAMP): $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_FLAGS)
+
+test-all: $(STAMP)
+	$(PY) -m pytest -m "" $(PYTEST_FLAGS)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore PYTHONPATH=tests $(PY) -m fuzz $(FUZZ_FLAGS)

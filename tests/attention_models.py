@@ -1,4 +1,8 @@
-"""Tiny models of many styles, built from configuration with random weights; every axis has a size of its own."""
+"""Tiny models of many styles, built from configuration with random weights; every axis has a size of its own.
+
+A model has two layers where layers can touch each other (shared positions, windows that move) or where its kind stands
+for all like it; elsewhere one.
+"""
 
 from __future__ import annotations
 
@@ -108,12 +112,11 @@ _LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 80,
     "intermediate_size": 52,
-    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "max_position_embeddings": 64,
 }
 _GPT2 = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 72, "n_layer": 2, "n_head": 12}
-_FALCON = {"vocab_size": VOCABULARY, "hidden_size": 80, "num_hidden_layers": 2, "num_attention_heads": 8, "bias": True}
+_FALCON = {"vocab_size": VOCABULARY, "hidden_size": 80, "num_hidden_layers": 1, "num_attention_heads": 8, "bias": True}
 
 
 class FusedAttention(nn.Module):
@@ -189,12 +192,12 @@ def _nano(impl: str) -> nn.Module:
 
 
 def _einsum(impl: str) -> nn.Module:
-    return perturb(Stack([EinsumAttention(44, 8, 6) for _ in range(2)], 44).eval())
+    return perturb(Stack([EinsumAttention(44, 8, 6)], 44).eval())
 
 
 def _encoder(impl: str) -> nn.Module:
     layer = nn.TransformerEncoderLayer(80, 8, 52, dropout=0.0 if impl == "train" else 0.1, batch_first=True)
-    return perturb(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(impl == "train"))
+    return perturb(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(impl == "train"))
 
 
 def _self_attention(impl: str) -> nn.Module:
@@ -213,7 +216,7 @@ def _timm(impl: str) -> nn.Module:
     set_fused_attn(impl == "sdpa")
     try:
         model = VisionTransformer(
-            img_size=24, patch_size=8, embed_dim=72, depth=2, num_heads=12, num_classes=13, qk_norm=True
+            img_size=24, patch_size=8, embed_dim=72, depth=1, num_heads=12, num_classes=13, qk_norm=True
         )
     finally:
         set_fused_attn(True)
@@ -229,7 +232,7 @@ def _dit(impl: str) -> nn.Module:
         num_attention_heads=8,
         attention_head_dim=6,
         in_channels=3,
-        num_layers=2,
+        num_layers=1,
         sample_size=6,
         patch_size=2,
         num_embeds_ada_norm=17,
@@ -265,9 +268,12 @@ def _cross_inputs(batch: int, length: int) -> Inputs:
 
 CASES: Mapping[str, Case] = {
     "gpt2": Case(_hf("GPT2LMHeadModel", "GPT2Config", **_GPT2), _ids_without_cache, 2),
-    "llama_mha": Case(_hf("LlamaForCausalLM", "LlamaConfig", **_LLAMA), _ids_without_cache, 2),
+    "llama_mha": Case(_hf("LlamaForCausalLM", "LlamaConfig", **_LLAMA, num_hidden_layers=1), _ids_without_cache, 1),
     "llama_gqa": Case(
-        _hf("LlamaForCausalLM", "LlamaConfig", **_LLAMA, num_key_value_heads=4), _ids_without_cache, 2, grouped=True
+        _hf("LlamaForCausalLM", "LlamaConfig", **_LLAMA, num_hidden_layers=2, num_key_value_heads=4),
+        _ids_without_cache,
+        2,
+        grouped=True,
     ),
     "bert": Case(
         _hf(
@@ -275,13 +281,13 @@ CASES: Mapping[str, Case] = {
             "BertConfig",
             vocab_size=VOCABULARY,
             hidden_size=72,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=12,
             intermediate_size=52,
             max_position_embeddings=32,
         ),
         _padded,
-        2,
+        1,
     ),
     "t5": Case(
         _hf(
@@ -291,28 +297,28 @@ CASES: Mapping[str, Case] = {
             d_model=44,
             d_kv=6,
             d_ff=52,
-            num_layers=1,
-            num_decoder_layers=2,
+            num_layers=2,
+            num_decoder_layers=1,
             num_heads=8,
             relative_attention_num_buckets=8,
             relative_attention_max_distance=9,
         ),
         _sequence_pair,
-        5,
+        4,
     ),
     "vit": Case(
         _hf(
             "ViTModel",
             "ViTConfig",
             hidden_size=72,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=12,
             intermediate_size=52,
             image_size=24,
             patch_size=8,
         ),
         _image,
-        2,
+        1,
         free_length=False,
     ),
     "whisper": Case(
@@ -323,7 +329,7 @@ CASES: Mapping[str, Case] = {
             num_mel_bins=10,
             d_model=48,
             encoder_layers=1,
-            decoder_layers=2,
+            decoder_layers=1,
             encoder_attention_heads=8,
             decoder_attention_heads=8,
             encoder_ffn_dim=52,
@@ -338,17 +344,17 @@ CASES: Mapping[str, Case] = {
             begin_suppress_tokens=[],
         ),
         _speech,
-        5,
+        3,
     ),
-    "falcon_mha": Case(_hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False), _ids_without_cache, 2),
+    "falcon_mha": Case(_hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False), _ids_without_cache, 1),
     "falcon_gqa": Case(
         _hf("FalconForCausalLM", "FalconConfig", **_FALCON, new_decoder_architecture=True, num_kv_heads=4),
         _ids_without_cache,
-        2,
+        1,
         grouped=True,
     ),
     "falcon_alibi": Case(
-        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False, alibi=True), _ids_without_cache, 2
+        _hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=False, alibi=True), _ids_without_cache, 1
     ),
     "bloom": Case(
         _hf("BloomForCausalLM", "BloomConfig", vocab_size=VOCABULARY, hidden_size=80, n_layer=2, n_head=8),
@@ -362,23 +368,23 @@ CASES: Mapping[str, Case] = {
             "SwinConfig",
             image_size=32,
             patch_size=4,
-            embed_dim=24,
-            depths=[2, 2],
-            num_heads=[4, 8],
+            embed_dim=40,
+            depths=[2],
+            num_heads=[8],
             window_size=4,
             num_channels=3,
         ),
         lambda batch, length: {"pixel_values": noise(batch, 3, 32, 32)},
-        4,
+        2,
         free_length=False,
     ),
-    "timm_vit": Case(_timm, lambda batch, length: {"x": noise(batch, 3, 24, 24)}, 2, free_length=False),
-    "torch_encoder": Case(_encoder, _floats(("src", 80)), 2, impls=("eval", "train")),
+    "timm_vit": Case(_timm, lambda batch, length: {"x": noise(batch, 3, 24, 24)}, 1, free_length=False),
+    "torch_encoder": Case(_encoder, _floats(("src", 80)), 1, impls=("eval", "train")),
     "torch_attention": Case(_self_attention, _attention_inputs, 1, impls=("eval",)),
     "torch_cross_attention": Case(_cross_attention, _cross_inputs, 1, impls=("eval",)),
     "nano": Case(_nano, _ids, 2),
-    "einsum": Case(_einsum, _ids, 2, impls=("eager",)),
-    "dit": Case(_dit, _dit_inputs, 2, free_length=False),
+    "einsum": Case(_einsum, _ids, 1, impls=("eager",)),
+    "dit": Case(_dit, _dit_inputs, 1, free_length=False),
 }
 
 RUNS = [(name, impl) for name, case in CASES.items() for impl in case.impls]

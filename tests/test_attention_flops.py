@@ -87,7 +87,7 @@ def test_sizes_are_those_of_the_inputs(impl: str) -> None:
     case = CASES["bert"]
     converted = convert_now(case.build(impl), hq=0.5, hkv=0.5, kwargs=case.inputs(2, 7))
     assert attention_flops(converted, ((), case.inputs(2, 7))) == converted.report.flops_after
-    layers, heads, head_dim = 2, converted.report.sites[0].hq, converted.report.sites[0].head_dim
+    layers, heads, head_dim = 1, converted.report.sites[0].hq, converted.report.sites[0].head_dim
     assert attention_flops(converted, ((), case.inputs(3, 11))) == 4 * 3 * layers * heads * 11 * 11 * head_dim
     assert [c.module for c in attention_calls(converted, ((), case.inputs(3, 11)))] == [
         s.name for s in converted.report.sites

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import math
 import re
@@ -198,12 +198,16 @@ SILENT: list[tuple[str, nn.Module]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "words", "kind"), [pytest.param(m, w, k, id=i) for i, m, w, k in REFUSED])
-def test_refused_with_reason_and_node(model: nn.Module, words: str, kind: RefusalKind) -> None:
-    """Beside a plain site, which is converted all the same, the odd one stays as it was and the report says why."""
+@pytest.mark.parametrize(
+    ("model", "words", "kind", "free"),
+    [pytest.param(m, w, k, number % 3 == 0, id=i) for number, (i, m, w, k) in enumerate(REFUSED)],
+)
+def test_refused_with_reason_and_node(model: nn.Module, words: str, kind: RefusalKind, free: bool) -> None:
+    """Beside a plain site, which is converted all the same, the odd one stays as it was and the report says why; every
+    third in a graph of free sizes."""
     pair = Two(model).eval()
     before = whole_state(pair)
-    converted = convert_now(pair, hq=2, hkv=2, args=(X,))
+    converted = convert_now(pair, hq=2, hkv=2, args=(X,), dynamic_shapes="auto" if free else None)
     assert [s.name for s in converted.report.sites] == ["plain"]
     assert len(converted.report.refused) == 1
     refusal = converted.report.refused[0]
@@ -227,22 +231,22 @@ ALONE = [pytest.param(m, id=i) for i, m, _, kind in REFUSED if kind != "shared w
 
 @pytest.mark.parametrize("model", ALONE)
 def test_alone_it_is_the_nearest_miss(model: nn.Module) -> None:
-    report = sqa_fx.inspect(model.eval(), args=(X,))
+    report = sqa_fx.inspect(model.eval(), args=(X,), dynamic_shapes=None)
     assert not report.sites and report.refused
     with pytest.raises(NoAttentionError, match="nearest miss") as error:
-        sqa_fx.convert(model.eval(), hq=2, hkv=2, args=(X,))
+        sqa_fx.convert(model.eval(), hq=2, hkv=2, args=(X,), dynamic_shapes=None)
     assert report.refused[0].reason in str(error.value)
     assert all(node in str(error.value) for node in report.refused[0].nodes)
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=i) for i, m in SILENT])
 def test_no_attention_at_all(model: nn.Module) -> None:
-    report = sqa_fx.inspect(model.eval(), args=(X,))
+    report = sqa_fx.inspect(model.eval(), args=(X,), dynamic_shapes=None)
     assert not report.sites
     with pytest.raises(NoAttentionError, match=r"softmax|nearest miss") as error:
-        sqa_fx.convert(model.eval(), hq=2, hkv=2, args=(X,))
+        sqa_fx.convert(model.eval(), hq=2, hkv=2, args=(X,), dynamic_shapes=None)
     assert error.value.exit_code == 2
-    mixed = sqa_fx.convert(Two(model).eval(), hq=2, hkv=2, args=(X,))
+    mixed = sqa_fx.convert(Two(model).eval(), hq=2, hkv=2, args=(X,), dynamic_shapes=None)
     assert [s.name for s in mixed.report.sites] == ["plain"]
 
 
@@ -291,7 +295,7 @@ def test_a_norm_over_all_heads_of_the_query_converts() -> None:
 def test_inexact_only_where_it_is_allowed(model: nn.Module, words: str) -> None:
     """The odd site is marked and measured; the plain one behind it is still proved."""
     pair = Pair(model, Plain()).eval()
-    converted = convert_now(pair, hq=2, hkv=2, args=(X,), allow_inexact=True)
+    converted = convert_now(pair, hq=2, hkv=2, args=(X,), allow_inexact=True, dynamic_shapes=None)
     odd, plain = converted.report.sites
     assert odd.inexact.startswith(words) and "kept heads only" in odd.inexact and plain.inexact == ""
     assert odd.proof_error is not None and odd.proof_error > 1e-3
@@ -338,7 +342,7 @@ def test_impossible_requests(request_: dict[str, Any], words: str) -> None:
     model, ids = _model(), tokens(2, 7)
     before = whole_state(model)
     with pytest.raises(PlanError, match=words) as error:
-        sqa_fx.convert(model, args=(ids,), **request_)
+        sqa_fx.convert(model, args=(ids,), dynamic_shapes=None, **request_)
     assert error.value.exit_code == 2
     assert all(torch.equal(value, before[name]) for name, value in whole_state(model).items())
 
@@ -353,30 +357,30 @@ def test_impossible_requests(request_: dict[str, Any], words: str) -> None:
 )
 def test_unknown_choices(choices: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        sqa_fx.convert(_model(), args=(tokens(2, 7),), **choices)
+        sqa_fx.convert(_model(), args=(tokens(2, 7),), dynamic_shapes=None, **choices)
 
 
 def test_plan_with_a_request_is_refused() -> None:
-    plan = sqa_fx.convert(_model(), hq=3, hkv=3, args=(tokens(2, 7),)).plan
+    plan = sqa_fx.convert(_model(), hq=3, hkv=3, args=(tokens(2, 7),), dynamic_shapes=None).plan
     with pytest.raises(InputError, match="either plan= or hq"):
         sqa_fx.convert(_model(), plan=plan, hq=3, args=(tokens(2, 7),))
 
 
 def test_plans_of_other_models(tmp_path: Path) -> None:
     ids = tokens(2, 7)
-    made = sqa_fx.convert(_model(), hq=3, hkv=3, args=(ids,))
-    again = sqa_fx.convert(_model(), plan=made.plan, args=(ids,))
+    made = sqa_fx.convert(_model(), hq=3, hkv=3, args=(ids,), dynamic_shapes=None)
+    again = sqa_fx.convert(_model(), plan=made.plan, args=(ids,), dynamic_shapes=None)
     assert again.plan == made.plan and torch.equal(again(ids), made(ids))
 
     wider = Stack([FusedAttention(40, 8) for _ in range(2)], 40).eval()
     with pytest.raises(PlanError, match=r"'layers\.0' is for 6 query heads.*the model has 8"):
-        sqa_fx.convert(wider, plan=made.plan, args=(ids,))
+        sqa_fx.convert(wider, plan=made.plan, args=(ids,), dynamic_shapes=None)
     shorter = Stack([FusedAttention(30, 6)], 30).eval()
     with pytest.raises(PlanError, match=r"'layers\.1'.*does not have; it has: layers\.0"):
-        sqa_fx.convert(shorter, plan=made.plan, args=(ids,))
+        sqa_fx.convert(shorter, plan=made.plan, args=(ids,), dynamic_shapes=None)
     other_head_dim = Stack([FusedAttention(42, 6) for _ in range(2)], 42).eval()
     with pytest.raises(PlanError, match="head dim 5"):
-        sqa_fx.convert(other_head_dim, plan=made.plan, args=(ids,))
+        sqa_fx.convert(other_head_dim, plan=made.plan, args=(ids,), dynamic_shapes=None)
 
     class Separate(nn.Module):
         """The same sites, heads and sizes, with other parameters."""
@@ -392,7 +396,9 @@ def test_plans_of_other_models(tmp_path: Path) -> None:
             return out
 
     with pytest.raises(PlanError, match="another model"):
-        sqa_fx.convert(Stack([Separate() for _ in range(2)], 30).eval(), plan=made.plan, args=(ids,))
+        sqa_fx.convert(
+            Stack([Separate() for _ in range(2)], 30).eval(), plan=made.plan, args=(ids,), dynamic_shapes=None
+        )
 
     path = tmp_path / "plan.json"
     made.plan.save(path)
@@ -400,6 +406,12 @@ def test_plans_of_other_models(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-200])
     with pytest.raises(PlanError):
         sqa_fx.Plan.load(path)
+
+
+@functools.cache
+def _plan_as_text() -> str:
+    made = sqa_fx.convert(_model(), hq=3, hkv=3, heads="first", args=(tokens(2, 7),), dynamic_shapes=None)
+    return json.dumps(made.plan.to_json())
 
 
 EDITS: list[tuple[str, Any, str]] = [
@@ -413,13 +425,12 @@ EDITS: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("field", "value", "words"), EDITS)
 def test_plans_edited_by_hand_are_checked(field: str, value: Any, words: str) -> None:
     ids = tokens(2, 7)
-    made = sqa_fx.convert(_model(), hq=3, hkv=3, heads="first", args=(ids,))
-    data = copy.deepcopy(json.loads(json.dumps(made.plan.to_json())))
+    data = json.loads(_plan_as_text())
     data["sites"][0][field] = value
     if field == "query_heads":
         data["sites"][0]["query_groups"] = [[h] for h in value]
     with pytest.raises(PlanError, match=words):
-        sqa_fx.convert(_model(), plan=sqa_fx.Plan.from_json(data), args=(ids,))
+        sqa_fx.convert(_model(), plan=sqa_fx.Plan.from_json(data), args=(ids,), dynamic_shapes=None)
 
 
 def test_what_is_no_model() -> None:
