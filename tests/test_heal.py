@@ -547,13 +547,13 @@ def test_killed_at_a_random_step_it_resumes_to_the_same_bits(tmp_path: Path, one
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL and not list(tmp_path.glob("*.pt")), when
-    _finish(_start(tmp_path, {**options, **stored}))
-    whole = student()
-    expected = sqa_fx.heal(whole, teacher(), TRAIN, held_out=HELD_OUT, progress=False, device="cpu", **options)
-    report = json.loads((tmp_path / "report-0.json").read_text())
-    assert report["resumed_from"] is not None and 7 <= report["resumed_from"] < steps, when
-    assert _same(_state(whole), torch.load(tmp_path / "weights-0.pt", weights_only=True)), when
-    assert _without_times(report["history"]) == _without_times(expected.history)
+    here: dict[str, Any] = {**options, "held_out": HELD_OUT, "progress": False, "device": "cpu"}
+    resumed, whole = student(), student()
+    report = sqa_fx.heal(resumed, teacher(), TRAIN, **here, **stored)
+    expected = sqa_fx.heal(whole, teacher(), TRAIN, **here)
+    assert report.resumed_from is not None and 7 <= report.resumed_from < steps, when
+    assert _same(_state(whole), _state(resumed)), when
+    assert _without_times(report.history) == _without_times(expected.history)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert _without_times(logged) == _without_times(expected.history)
 
