@@ -105,6 +105,16 @@ def _convert(model: nn.Module, **choices: Any) -> PartlyConvertedModule:
     return converted
 
 
+@functools.cache
+def _converted_once() -> PartlyConvertedModule:
+    return _convert(_mixture())
+
+
+def _shared() -> PartlyConvertedModule:
+    """A copy of ``_mixture()`` as most tests convert it."""
+    return copy.deepcopy(_converted_once())
+
+
 def _at(model: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), model)
 
@@ -183,13 +193,15 @@ class Caches(Stacked):
 
 def test_a_cache_that_nobody_asked_for_is_left_out() -> None:
     model = Caches().eval()
-    for _ in range(2):  # the second time the cache's class may be known to torch, from elsewhere
+    for again in (False, True):  # the second time the cache's class is known to torch
         converted = sqa_fx.convert(model, hq=4, hkv=2, args=(X,))
         note = _note(converted.report, "use_cache=False")
         assert "dynamic shapes" in note and "KV cache, which nobody asked for" in note
         assert len(converted(X)) == 1 and converted.report.dynamic
         with pytest.raises(InputError, match="'use_cache' was False"):
             converted(X, use_cache=True)
+        if again:
+            break
         asked = sqa_fx.convert(model, hq=4, hkv=2, kwargs={"x": X, "use_cache": True})
         _, cache = asked(X)
         assert isinstance(cache, KeyCache) and torch.equal(cache.keys[0], X * 2)
@@ -298,8 +310,7 @@ def test_every_failure_is_told_once() -> None:
 
 
 def test_attention_beside_experts() -> None:
-    model = _mixture()
-    converted = _convert(model)
+    model, converted = _mixture(), _shared()
     report, plan = converted.report, converted.plan
     names = ["layers.0.attention", "layers.1.attention"]
     assert [s.name for s in report.sites] == [s.name for s in plan.sites] == names
@@ -324,7 +335,7 @@ def test_attention_beside_experts() -> None:
 def test_names_and_ties_of_the_parameters_are_the_original_ones() -> None:
     model = _mixture()
     state = whole_state(model)
-    converted = _convert(model)
+    converted = _converted_once()
     assert list(converted.state_dict()) == list(model.state_dict())
     expected = cut(state, converted.plan.to_json())
     held = whole_state(converted)
@@ -335,13 +346,13 @@ def test_names_and_ties_of_the_parameters_are_the_original_ones() -> None:
 
 
 def test_nothing_changes_for_the_identity() -> None:
-    model, ids = _mixture(), tokens(2, 7)
+    model, ids = _mixture(layers=1), tokens(2, 7)
     converted = _convert(model, hq=1.0, hkv=1.0)
     assert torch.equal(converted(ids)["logits"], model(ids)["logits"])
 
 
 def test_the_users_model_is_untouched() -> None:
-    model = _mixture(dropout=0.1).train()
+    model = _mixture(layers=1, dropout=0.1).train()
     before, attributes = whole_state(model), {n: dict(vars(m)) for n, m in model.named_modules()}
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     random = torch.random.get_rng_state()
@@ -358,8 +369,8 @@ def test_the_users_model_is_untouched() -> None:
 
 
 def test_it_trains() -> None:
-    model, ids = _mixture(dropout=0.1).train(), tokens(2, 7)
-    converted = _convert(model)
+    model, ids = _mixture(layers=1, dropout=0.1).train(), tokens(2, 7)
+    converted = _convert(model, dynamic_shapes=None)
     assert converted.training and all(m.training for m in converted.modules())
     optimizer = torch.optim.Adam(converted.parameters(), lr=0.01)
     before = whole_state(converted)
@@ -384,7 +395,7 @@ def test_it_trains() -> None:
 
 
 def test_copies_are_independent_and_cast() -> None:
-    converted, ids = _convert(_mixture()), tokens(2, 7)
+    converted, ids = _shared(), tokens(2, 7)
     twin = copy.deepcopy(converted)
     expected = converted(ids)["logits"]
     with torch.no_grad():
@@ -399,12 +410,12 @@ def test_copies_are_independent_and_cast() -> None:
 
 def test_weights_and_plan_bring_it_back(tmp_path: Path) -> None:
     model, ids = _mixture(), tokens(2, 7)
-    converted = _convert(model)
+    converted = _shared()
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(0.01)
     converted.plan.save(tmp_path / "plan.json")
-    again = sqa_fx.convert(model, plan=sqa_fx.Plan.load(tmp_path / "plan.json"), args=(ids,))
+    again = sqa_fx.convert(model, plan=sqa_fx.Plan.load(tmp_path / "plan.json"), args=(ids,), dynamic_shapes=None)
     assert isinstance(again, PartlyConvertedModule) and again.plan == converted.plan
     again.load_state_dict(converted.state_dict())
     assert torch.equal(again(ids)["logits"], converted(ids)["logits"])
@@ -412,19 +423,19 @@ def test_weights_and_plan_bring_it_back(tmp_path: Path) -> None:
 
 def test_plans_and_patterns_are_those_of_the_whole() -> None:
     model, ids = _mixture(), tokens(2, 7)
-    one = _convert(model, hq={"layers.1.*": 2}, hkv=None)
+    one = _convert(model, hq={"layers.1.*": 2}, hkv=None, dynamic_shapes=None)
     assert [(s.hq, s.hkv) for s in one.report.sites] == [(6, 6), (2, 2)]
     assert [s.name for s in one.plan.sites] == ["layers.1.attention"] and one.submodules == ("layers.1.attention",)
     with pytest.raises(PlanError, match=r"'nowhere' matches no site; sites are: layers\.0\.attention"):
-        _convert(model, hq={"layers.0.attention": 3, "nowhere": 2})
+        _convert(model, hq={"layers.0.attention": 3, "nowhere": 2}, dynamic_shapes=None)
     with pytest.raises(PlanError, match="no site is named"):
-        _convert(model, hq={}, hkv=None)
+        _convert(model, hq={}, hkv=None, dynamic_shapes=None)
     with pytest.raises(PlanError, match=r"does not have; it has: layers\.0\.attention"):
-        sqa_fx.convert(_mixture(layers=1), plan=_convert(model).plan, args=(ids,))
+        sqa_fx.convert(_mixture(layers=1), plan=_shared().plan, args=(ids,))
 
 
 def test_saving_and_exporting_say_what_is_possible(tmp_path: Path) -> None:
-    converted = _convert(_mixture())
+    converted = _shared()
     with pytest.raises(InputError, match=r"nothing was written.*state_dict"):
         converted.save(tmp_path / "saved")
     with pytest.raises(InputError, match="converted per submodule"):
@@ -433,13 +444,12 @@ def test_saving_and_exporting_say_what_is_possible(tmp_path: Path) -> None:
 
 
 def test_wrong_shapes_and_inputs() -> None:
-    model = _mixture()
-    static = _convert(model, dynamic_shapes=None)
-    assert len(static.report.static) == 4 and not static.report.dynamic
+    static = _convert(_mixture(layers=1), dynamic_shapes=None)
+    assert len(static.report.static) == 2 and not static.report.dynamic
     static(tokens(2, 7))
     with pytest.raises(InputError, match=r"'x' must have shape \[2, 7, 30\].*got \[3, 7, 30\]"):
         static(tokens(3, 7))
-    dynamic = _convert(model)
+    dynamic = _shared()
     with pytest.raises(TypeError):
         dynamic(tokens(2, 7), tokens(2, 7))
     with pytest.raises(InputError, match="dtype"):
@@ -456,7 +466,7 @@ def test_inspect_takes_the_same_way() -> None:
 
 
 def test_without_inputs_it_converts_on_the_first_call() -> None:
-    model, ids = _mixture(), tokens(2, 7)
+    model, ids = _mixture(layers=1), tokens(2, 7)
     deferred = sqa_fx.convert(model, hq=4, hkv=2)
     out = deferred(ids)["logits"]
     load_masked(model, deferred.plan.to_json())
@@ -523,7 +533,7 @@ def test_a_cache_beside_experts_is_turned_off() -> None:
                 return out["last"], cache
             return out["last"]
 
-    converted, ids = _convert(Remembering().eval()), tokens(2, 7)
+    converted, ids = _convert(Remembering(layers=1).eval()), tokens(2, 7)
     assert _note(converted.report, "called with use_cache=False")
     assert isinstance(converted(ids), Tensor) and torch.equal(converted(ids, False), converted(ids, use_cache=False))
     for args, kwargs in (((ids, True), {}), ((ids,), {"use_cache": True})):
@@ -586,7 +596,7 @@ def test_the_nearest_miss_of_a_submodule() -> None:
     report = sqa_fx.inspect(model, args=(X,))
     assert not report.sites and [r.name for r in report.refused] == ["0"]
     with pytest.raises(NoAttentionError, match=r"nearest miss: '0'.*exported alone, because torch\.export failed"):
-        _convert(model, args=(X,))
+        _convert(model, args=(X,), dynamic_shapes=None)
 
 
 def test_code_around_that_depends_on_all_heads_is_caught() -> None:
@@ -609,7 +619,7 @@ def test_code_around_that_depends_on_all_heads_is_caught() -> None:
             return result
 
     with pytest.raises(VerifyError, match="differ"):
-        _convert(Model().eval(), args=(X,))
+        _convert(Model().eval(), args=(X,), dynamic_shapes=None)
 
 
 def test_a_router_that_rounding_tips_is_compared_step_by_step() -> None:
