@@ -73,7 +73,8 @@ def evaluate(
     """Compare ``student`` with the ``teacher`` that it was converted from, on batches as for `sqa_fx.heal`.
 
     - "lm", logits ``[batch, sequence, vocabulary]``: mean next-token cross-entropy (nats) and perplexity of both on
-      ``input_ids``, and the share of positions with the same most likely token.
+      ``input_ids`` (of an encoder with a decoder, ``decoder_input_ids``), and the share of positions with the same
+      most likely token.
     - "embedding": mean cosine of the embeddings, and Spearman's rank correlation of the cosine similarities of all
       pairs of rows, of the first ``pairs`` rows (memory and time grow with their square). ``[batch, sequence, width]``
       is averaged over the valid positions first; other outputs are taken by row.
@@ -143,7 +144,7 @@ class _LanguageModel:
     def add(self, student: Tensor, teacher: Tensor, batch: Any, labels: Tensor | None) -> None:
         """Count one batch."""
         args, kwargs = as_call(batch)
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
         if student.dim() != 3 or not isinstance(ids, Tensor) or ids.shape != student.shape[:2]:
             raise InputError(
                 f"kind 'lm' needs logits [batch, sequence, vocabulary] for token ids [batch, sequence], but the output "

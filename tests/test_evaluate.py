@@ -64,6 +64,20 @@ def test_positional_ids_and_ids_without_a_mask_count_whole() -> None:
     assert found.student["loss"] == pytest.approx(float(expected)) and found.positions == 10
 
 
+def test_a_decoder_predicts_its_own_tokens() -> None:
+    logits, ids = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, 4], [4, 5, 0, 0]])
+
+    class Decoder(_Fixed):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **decoder: Any) -> Any:
+            return super().forward(input_ids)
+
+    batch = {"input_ids": torch.zeros(2, 4), "attention_mask": torch.zeros(2, 4), "decoder_input_ids": ids}
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = sqa_fx.evaluate(Decoder({"logits": logits}), Decoder({"logits": logits}), [batch], **CPU)
+    losses = [float(F.cross_entropy(logits[r, i], ids[r, i + 1])) for r, i in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    assert found.student["loss"] == pytest.approx(sum(losses) / 4) and found.positions == 6
+
+
 def test_embeddings_are_pooled_over_valid_positions() -> None:
     own, wanted = torch.randn(2, 3, 4, 5).unbind()
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
