@@ -20,10 +20,11 @@ ATTENTION_OPSET = 23
 OLDEST_OPSET = 18
 """The oldest opset that torch.onnx writes natively."""
 
-AttentionForm = Literal["auto", "causal", "masked", "plain"]
-"""How attention is written. "causal": the Attention op, its ``is_causal`` set where attention is causal. "masked": the
-Attention op with the causal mask as a tensor. "plain": MatMul and Softmax. "auto": "causal" from opset 23 on, else
-"plain"."""
+AttentionForm = Literal["auto", "causal", "root", "masked", "plain"]
+"""How attention is written. "causal": the Attention op, its ``is_causal`` set where attention is causal. "root": the
+same, but causal attention with the square root of its scale, for fused kernels that apply the scale twice (TensorRT-RTX
+1.4 on Hopper); read as ONNX, that is wrong. "masked": the Attention op with the causal mask as a tensor. "plain":
+MatMul and Softmax. "auto": "causal" from opset 23 on, else "plain"."""
 
 # Values and opsets belong to onnxscript, which carries no usable types.
 Value = Any
@@ -68,7 +69,7 @@ def translation_table(opset: int, form: AttentionForm = "auto") -> dict[Callable
     """
     if opset < OLDEST_OPSET:
         raise InputError(f"opset {opset} is below {OLDEST_OPSET}, the oldest that torch.onnx writes; use 24 or 18")
-    if form in ("causal", "masked") and opset < ATTENTION_OPSET:
+    if form in ("causal", "root", "masked") and opset < ATTENTION_OPSET:
         raise InputError(f"attention form {form!r} needs the Attention op of opset {ATTENTION_OPSET}, not {opset}")
 
     def sdpa(
@@ -146,7 +147,7 @@ def translate_sdpa(
         problem = _Problem(problem.query, problem.key, problem.value, causal, True)
         fused_causal = False
     if not plain:
-        out = _attention_op(op, problem, query.dtype, scale, fused_causal)
+        out = _attention_op(op, problem, query.dtype, scale, fused_causal, root=form == "root")
     else:
         out = _plain_ops(op, problem, query.dtype, scale, rows_may_be_empty=not is_causal)
     return restore(out)
@@ -302,9 +303,15 @@ def _fold_dynamic_heads(
 # --- the two ways to write it ----------------------------------------------------------------------------------------
 
 
-def _attention_op(op: Opset, p: _Problem, dtype: Any, scale: Any, causal: bool) -> Value:
-    """The Attention op on ``[batch, len, heads*d]``: its transposes cancel those that split the heads."""
+def _attention_op(op: Opset, p: _Problem, dtype: Any, scale: Any, causal: bool, root: bool) -> Value:
+    """The Attention op on ``[batch, len, heads*d]``: its transposes cancel those that split the heads.
+
+    ``root``: whoever runs it squares the scale where it is causal.
+    """
     q = p.query.value
+    if root and causal:
+        scale = _head_dim(p) ** -0.5 if scale is None else scale
+        scale = scale**0.5 if isinstance(scale, (int, float)) and scale > 0 else scale
     # Kernels multiply both sides by sqrt(scale) and read 0 as "default", so only a positive number can be an attribute.
     if dtype.name == "DOUBLE" and scale is None and isinstance(p.query.dims[3], int):
         scale = p.query.dims[3] ** -0.5
@@ -354,10 +361,7 @@ def _plain_ops(op: Opset, p: _Problem, dtype: Any, scale: Any, rows_may_be_empty
     """
     hq, hkv = _static(p.query.dims[1]), _static(p.key.dims[1])
     if scale is None:
-        head_dim = p.query.dims[3]
-        if not isinstance(head_dim, int):
-            raise InputError(f"attention has a head size that is not static, {p.query.dims}; give it an explicit scale")
-        scale = head_dim**-0.5
+        scale = _head_dim(p) ** -0.5
     q = _scaled(op, p.query.value, dtype, scale)
 
     def grouped(x: Value) -> Value:  # [batch, q_heads, q_len, n] -> [batch, kv_heads, group*q_len, n]
@@ -384,6 +388,13 @@ def _plain_ops(op: Opset, p: _Problem, dtype: Any, scale: Any, rows_may_be_empty
         return out
     # A query that may see no key gets 0 from torch, and NaN from the softmax above.
     return op.Where(_row_sees_a_key(op, p.mask, p.mask_is_bool, dtype), out, _scalar(op, 0.0, dtype))
+
+
+def _head_dim(p: _Problem) -> int:
+    head_dim = p.query.dims[3]
+    if not isinstance(head_dim, int):
+        raise InputError(f"attention has a head size that is not static, {p.query.dims}; give it an explicit scale")
+    return head_dim
 
 
 def _row_sees_a_key(op: Opset, mask: _Operand, is_bool: bool, dtype: Any) -> Value:

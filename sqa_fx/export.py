@@ -27,6 +27,7 @@ from sqa_fx.inputs import Inputs, example_inputs, vocabulary_size
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.passes.capture_ways import automatic_shapes
+from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 
@@ -37,9 +38,12 @@ _ENGINES = (".engine", ".plan")
 _FORMS: dict[str, tuple[AttentionForm, ...]] = {
     "onnx": ("auto", "plain"),
     "tensorrt": ("causal", "masked", "plain"),
-    "tensorrt-rtx": ("causal", "masked", "plain"),
+    "tensorrt-rtx": ("causal", "root", "masked", "plain"),
 }
 """Ways to write attention, fastest first: the next one is taken when the check finds the one before wrong."""
+
+_CHOICES = tuple(form for form in get_args(AttentionForm) if form != "root")
+"""What can be asked for: "root" is right with some kernels only, and taken after a check or not at all."""
 
 _GIVEN = frozenset("args dynamic_shapes flavour form kwargs notes opset overwrite plan progress ranges".split())
 """Keywords of the exporters that are no options here: ``export`` gives them itself."""
@@ -115,8 +119,8 @@ def export(
     form = format_of(Path(path), to)
     if precision is not None and precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if attention is not None and attention not in get_args(AttentionForm):
-        raise InputError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionForm))}")
+    if attention is not None and attention not in _CHOICES:
+        raise InputError(f"attention {attention!r} is not one of {', '.join(_CHOICES)}")
     if attention is not None and form not in _FORMS:
         raise InputError(f"attention belongs to {', '.join(_FORMS)}: {form} keeps attention as it is")
     if form == "onnx" and attention in ("causal", "masked") and opset < ATTENTION_OPSET:
@@ -141,8 +145,7 @@ def export(
     if form in ("tensorrt", "tensorrt-rtx", "torch-tensorrt") and torch.cuda.is_available():
         device = "cuda"
     tried: list[str] = []
-    for way in (attention,) if attention is not None else _FORMS.get(form, ("auto",)):
-        assert way is not None
+    for way in _ways(form, program) if attention is None else (attention,):
         with staging(target) as directory:
             staged = directory / target.name
             sidecar = _write(form, job, staged, way, opset)
@@ -176,6 +179,15 @@ def format_of(path: Path, to: str | None) -> str:
         wanted = next((s for s, f in _SUFFIX.items() if f == to), ".engine")
         raise InputError(f"{path}: the suffix {path.suffix} belongs to {suggested}, not to {to}; use {wanted}")
     return to
+
+
+def _ways(form: str, program: torch.export.ExportedProgram) -> tuple[AttentionForm, ...]:
+    """The forms to try; those that differ in causal attention only come down to one where there is none."""
+    ways = _FORMS.get(form, ("auto",))
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    if any(argument(n, "is_causal", False) for g in graphs for n in g.nodes if "scaled_dot_product" in op_name(n)):
+        return ways
+    return tuple(way for way in ways if way not in ("root", "masked"))
 
 
 def _data_files(form: str, path: Path) -> tuple[Path, ...]:

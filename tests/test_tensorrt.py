@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import onnx as onnx_library
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,7 @@ def test_fp32_attention_is_decomposed_and_said_so(single: torch.export.ExportedP
 @pytest.mark.parametrize(
     ("form", "opset", "attention"),
     [
+        ("root", 24, "1 attentions, form 'root' (1 causal): one fused kernel each ("),
         ("masked", 24, "1 attentions, form 'masked' (0 causal): one fused kernel each ("),
         ("plain", 18, "1 attentions as MatMul and Softmax; whether they are fused is TensorRT's choice"),
     ],
@@ -224,6 +227,37 @@ def test_other_forms_build(
     )
     assert said.opset == opset and said.attention[0].startswith(attention) and len(said.attention) == 1
     assert sorted(os.listdir(tmp_path)) == ["a.engine", "a.engine.json"]
+
+
+@pytest.mark.parametrize(("given", "written"), [(None, 16**-0.25), (0.09, 0.3)])
+def test_the_root_of_the_scale_where_attention_is_causal(tmp_path: Path, given: float | None, written: float) -> None:
+    """For kernels that square it. Attention that is not causal keeps the scale."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 16)).transpose(1, 2)
+            causal = F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=given)
+            return causal + F.scaled_dot_product_attention(q, q, q, scale=given)
+
+    export_onnx(captured(Both(), torch.float16), tmp_path / "a.onnx", form="root")
+    found = {}
+    for node in onnx_library.load(str(tmp_path / "a.onnx")).graph.node:
+        if node.op_type == "Attention":
+            attributes = {a.name: onnx_library.helper.get_attribute_value(a) for a in node.attribute}
+            found[attributes["is_causal"]] = attributes.get("scale")
+    assert found == {1: pytest.approx(written), 0: given if given is None else pytest.approx(given)}
+
+
+def test_forms_are_tried_where_they_make_a_difference(tmp_path: Path, half: torch.export.ExportedProgram) -> None:
+    ways = importlib.import_module("sqa_fx.export")._ways
+    whole = captured(Block(causal=False), torch.float16)
+    assert ways(FLAVOUR, half) == ("causal", "root", "masked", "plain")
+    assert ways(FLAVOUR, whole) == ("causal", "plain")
+    assert ways("tensorrt", half) == ("causal", "masked", "plain")
+    assert ways("onnx", half) == ways("onnx", whole) == ("auto", "plain") and ways("aoti", half) == ("auto",)
+    # Without a check nobody would know whether it is right.
+    with pytest.raises(InputError, match="attention 'root' is not one of auto, causal, masked, plain"):
+        sqa_fx.export(half, tmp_path / "a.engine", to=FLAVOUR, ranges=RANGES, attention="root")
 
 
 @needs_library
