@@ -66,6 +66,7 @@ class CudaGraphRunner:
                 with torch.cuda.graph(self._graph):
                     self._outputs = runner.run(static_args, static_kwargs)
             except RuntimeError as error:
+                _end_recording(self._device)
                 cause = error.__context__ or error  # ending an invalid recording raises another error on top
                 raise InputError(
                     f"{runner.name} cannot be recorded as a CUDA graph on inputs {_shapes(leaves)} "
@@ -135,6 +136,12 @@ def graph_name(runner: Runner) -> str:
 def form(leaf: Any) -> Any:
     """What must agree for a recorded graph to serve an input: shape, type and device, or the value of a constant."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+
+
+def _end_recording(device: torch.device) -> None:
+    """After a recording that failed: torch leaves its random numbers bound to it, and the next ones would raise."""
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _check(runner: Runner) -> None:

@@ -111,3 +111,14 @@ def test_in_bench() -> None:
 def test_calls_that_wait_cannot_be_recorded() -> None:
     with pytest.raises(InputError, match="cannot be recorded as a CUDA graph"):
         CudaGraphRunner(EagerRunner(Waits()), (torch.ones(3, device="cuda"),), {})
+
+
+@on_cuda
+def test_random_numbers_after_a_recording_that_failed() -> None:
+    torch.manual_seed(3)
+    expected = [torch.randn(5, device="cuda") for _ in range(2)]
+    torch.manual_seed(3)
+    before = torch.randn(5, device="cuda")
+    with pytest.raises(InputError):
+        CudaGraphRunner(EagerRunner(Waits()), (torch.ones(3, device="cuda"),), {})
+    torch.testing.assert_close([before, torch.randn(5, device="cuda")], expected)
