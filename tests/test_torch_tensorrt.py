@@ -287,6 +287,6 @@ def test_compile_save_and_run(tmp_path: Path) -> None:
     axes = {0: AUTO, 2: AUTO}
     inputs = tuple(x.cuda().half() for x in example())
     program = torch.export.export(Grouped().cuda(), inputs, dynamic_shapes={"q": axes, "k": axes, "v": axes})
-    done = sqa_fx.export(program, tmp_path / "a.ep", ranges={"q.0": (1, 2, 3), "q.2": (1, 16, 64)})
+    done = sqa_fx.export(program, tmp_path / "a.ep", ranges={"q.0": (1, 2, 3), "q.2": (1, 16, 64), "k.2": (1, 16, 64)})
     assert done.sidecar.validation is not None and done.sidecar.validation["passed"]
     assert done.sidecar.attention == ("2 of 2 attentions in TensorRT, 0 in PyTorch",)
