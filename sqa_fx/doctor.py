@@ -21,7 +21,7 @@ from sqa_fx.errors import InputError
 from sqa_fx.text_table import text_table
 
 BACKENDS = tuple(PROBES)
-DEFAULT_TIMEOUT = 60.0
+DEFAULT_TIMEOUT = 120.0
 """Seconds that one probe may take; compiling takes most of them on a busy machine."""
 
 Status = Literal["usable", "importable", "missing", "broken"]
