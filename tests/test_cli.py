@@ -178,7 +178,7 @@ def test_requests_by_site(model: Callable[[str], str], capsys: Capture) -> None:
     names = [site.name for site in sqa_fx.inspect(small(), args=(torch.randn(2, 5, 24),)).sites]
     assert len(names) == 2
     arguments = ["--hq", f"{names[0]}=0.5", "--hq", f"{names[1]}=1", "--hkv", "*=1", "--heads", "first"]
-    assert main(["convert", model("make"), *arguments, "-o", "out"]) == 0
+    assert main(["convert", model("make"), *arguments, "-o", "out", "--static"]) == 0
     sites = sqa_fx.load("out").plan.sites
     assert [(site.hq, site.hkv, site.query_heads) for site in sites] == [(2, 1, (0, 1)), (1, 1, (0,))]
     capsys.readouterr()
@@ -239,7 +239,7 @@ def test_existing_output_is_kept(model: Callable[[str], str], capsys: Capture) -
 
 def test_overwrite(model: Callable[[str], str], capsys: Capture) -> None:
     for hq in ("2", "1"):
-        assert main(["convert", model("make"), "--hq", hq, "-o", "out", "--overwrite"]) == 0
+        assert main(["convert", model("make"), "--hq", hq, "-o", "out", "--overwrite", "--static"]) == 0
     assert sqa_fx.load("out").plan.sites[0].hq == 1
     capsys.readouterr()
 
@@ -288,7 +288,7 @@ def test_bad_plans(model: Callable[[str], str], capsys: Capture) -> None:
     assert main([*arguments, "missing.json"]) == 3
     Path("foreign.json").write_text("{}")
     assert main([*arguments, "foreign.json"]) == 2
-    assert main(["convert", model("make"), "--hq", "2", "-o", "good", "--save-plan", "plan.json"]) == 0
+    assert main(["convert", model("make"), "--hq", "2", "-o", "good", "--save-plan", "plan.json", "--static"]) == 0
     text = Path("plan.json").read_text()
     Path("cut.json").write_text(text[: len(text) // 2])
     assert main([*arguments, "cut.json"]) == 2
@@ -297,7 +297,7 @@ def test_bad_plans(model: Callable[[str], str], capsys: Capture) -> None:
 
 
 def test_truncated_conversion(model: Callable[[str], str], capsys: Capture) -> None:
-    assert main(["convert", model("make"), "--hq", "2", "-o", "out"]) == 0
+    assert main(["convert", model("make"), "--hq", "2", "-o", "out", "--static"]) == 0
     path = Path("out", "model.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     assert main(["validate", model("make"), "out"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -134,6 +134,7 @@ def _without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("spec", PLAIN, ids=str)
 def test_swapped_heads_are_caught(spec: Spec, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _swap_first_blocks(monkeypatch, role)
+    spec = replace(spec, dynamic=False)
     assert trial(spec).kind == "unproved"
     _without_proof(monkeypatch)
     outcome = trial(spec)

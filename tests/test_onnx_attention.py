@@ -178,14 +178,19 @@ def session(program: Any) -> Any:
     return ort.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
 
 
+def names(opset: int) -> tuple[str, ...]:
+    """The cases at an opset. Opset 23 writes attention with the op that 24 writes it with, so it gets every third."""
+    return tuple(CASES)[:: 3 if opset == 23 else 1]
+
+
 @cache
-def captured() -> torch.export.ExportedProgram:
-    return torch.export.export(Cases().eval(), (), kwargs=make_inputs(**SHAPES[0]), dynamic_shapes=DYNAMIC)
+def captured(cases: tuple[str, ...]) -> torch.export.ExportedProgram:
+    return torch.export.export(Cases(cases).eval(), (), kwargs=make_inputs(**SHAPES[0]), dynamic_shapes=DYNAMIC)
 
 
 @cache
 def exported(opset: int) -> tuple[Any, Any]:
-    program = export(captured(), {}, opset)
+    program = export(captured(names(opset)), {}, opset)
     return program, session(program)
 
 
@@ -194,12 +199,11 @@ def results(opset: int, shape: int) -> dict[str, Tensor]:
     _, run = exported(opset)
     inputs = make_inputs(**SHAPES[shape])
     out = run.run(None, {i.name: inputs[i.name].numpy() for i in run.get_inputs()})
-    return {name: torch.from_numpy(value) for name, value in zip(CASES, out, strict=True)}
+    return {name: torch.from_numpy(value) for name, value in zip(names(opset), out, strict=True)}
 
 
 @pytest.mark.parametrize("shape", [0, 1], ids=["as_exported", "other_shape"])
-@pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "opset"), [(case, opset) for opset in OPSETS for case in names(opset)])
 def test_against_torch(case: str, opset: int, shape: int) -> None:
     inputs = make_inputs(**SHAPES[shape])
     want = CASES[case]({name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
@@ -216,9 +220,7 @@ FORMS: tuple[AttentionForm, ...] = ("causal", "masked", "plain")
 @cache
 def causal_in(form: AttentionForm) -> tuple[Any, Any]:
     """The causal cases at opset 24 in this form, and a session of them."""
-    inputs = make_inputs(**SHAPES[0])
-    module = Cases(CAUSAL).eval()
-    program = export(torch.export.export(module, (), kwargs=inputs, dynamic_shapes=DYNAMIC), {}, 24, form=form)
+    program = export(captured(CAUSAL), {}, 24, form=form)
     return program, session(program)
 
 
@@ -262,7 +264,7 @@ def test_forms_of_the_attention_op_need_its_opset() -> None:
 def test_attention_op_is_used(opset: int) -> None:
     program, _ = exported(opset)
     ops = [node.op_type for node in program.model.graph]
-    assert ops.count("Attention") == len(CASES)
+    assert ops.count("Attention") == len(names(opset))
     assert "Softmax" not in ops
 
 
