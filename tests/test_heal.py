@@ -538,7 +538,7 @@ def test_killed_at_a_random_step_it_resumes_to_the_same_bits(tmp_path: Path, one
     steps = 150
     options: dict[str, Any] = {"steps": steps, "lr": 3e-3, "warmup": 5, "evaluate_every": 20, "site_warmup": 30,
                                "accumulate": 2, "log_every": 1, "checkpoint_every": 7}  # fmt: skip
-    stored = {"checkpoints": str(tmp_path / "checkpoints"), "log": str(tmp_path / "log.jsonl")}
+    stored: dict[str, Any] = {"checkpoints": str(tmp_path / "checkpoints"), "log": str(tmp_path / "log.jsonl")}
     when = random.SystemRandom().randrange(8, steps - 10)
     killed = _start(tmp_path, {**options, **stored})
     until = time.monotonic() + 200
