@@ -189,4 +189,8 @@ def clone_graph(module: fx.GraphModule) -> fx.GraphModule:
                 memo[id(held)] = held
         if "val" in node.meta:
             memo[id(node.meta["val"])] = node.meta["val"]
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    for node in twin.graph.nodes:
+        node.meta.pop("sqa_step", None)  # what was remembered of an op names the nodes of the graph it was asked in
+        node.meta.pop("sqa_key", None)
+    return twin

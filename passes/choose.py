@@ -1,4 +1,4 @@
-"""Choose which heads stay: scores from the weights, balanced over the KV groups that the result will have."""
+"""Choose which heads stay, by scores or as a set, balanced over the KV groups that the result will have."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from sqa_fx.errors import PlanError
+from sqa_fx.passes.eliminate import eliminate
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.labels import high, low
+from sqa_fx.passes.pairing import grouped
 from sqa_fx.passes.site import Site
+from sqa_fx.passes.statistics import SiteStatistics
 from sqa_fx.plan import SitePlan
 from sqa_fx.request import HeadChoice, check
 
@@ -40,21 +43,42 @@ def weight_scores(module: fx.GraphModule, site: Site) -> Tensor:
     return norms["v"] * norms["o"]
 
 
-def choose(site: Site, hq: int, hkv: int, scores: Tensor | None, heads_by: HeadChoice, kv_merge: str) -> SitePlan:
+def choose(
+    site: Site,
+    hq: int,
+    hkv: int,
+    scores: Tensor | None,
+    heads_by: HeadChoice,
+    kv_merge: str,
+    statistics: SiteStatistics | None = None,
+    distances: Tensor | None = None,
+) -> SitePlan:
     """The plan of one site. ``scores`` ranks canonical heads (None: first heads win); explicit lists are in model
-    numbers.
+    numbers. With "reconstruct", ``statistics`` choose a set of heads together instead, see eliminate.
 
-    Kept heads are split evenly over the new KV heads, each of which merges the original KV heads its queries read.
+    Kept heads are split evenly over the new KV heads, each of which merges the original KV heads its queries read: such
+    that lie beside each other, or, with ``distances`` [kv_heads, kv_heads], that are most alike.
     """
     wide = max(hq, hkv)
     explicit = _explicit(site, heads_by, wide)
     if explicit is not None:
-        kept, by = explicit, "explicit"
+        return _assemble(site, explicit, hq, hkv, "explicit", kv_merge, scores)
+    groups = _query_groups(site, wide, hkv, distances)
+    if heads_by == "reconstruct":
+        assert statistics is not None
+        tie_break = statistics.fisher if statistics.samples else None
+        found = eliminate(
+            statistics.weight.double(), statistics.moments, statistics.projection.heads, wide, groups, tie_break
+        )
+        kept = found.kept
     else:
         ranking = scores if scores is not None else -torch.arange(site.heads, dtype=torch.float64)
-        kept = _balanced(site, wide, hkv, ranking)
-        by = str(heads_by)
-    return _assemble(site, kept, hq, hkv, by, kv_merge, scores)
+        kept = [c for group in groups for c in _best(group, wide // len(groups), ranking)]
+    if site.kv_heads == site.heads and distances is not None and hkv < wide:
+        ordered = [c for group in grouped(sorted(kept), hkv, distances) for c in group]
+    else:
+        ordered = [c for group in groups for c in sorted(set(group) & set(kept))]
+    return _assemble(site, ordered, hq, hkv, str(heads_by), kv_merge, scores)
 
 
 def _explicit(site: Site, heads_by: HeadChoice, wide: int) -> list[int] | None:
@@ -73,22 +97,26 @@ def _explicit(site: Site, heads_by: HeadChoice, wide: int) -> list[int] | None:
     raise PlanError(f"heads={dict(heads_by)!r} has no entry for site {site.name!r}")
 
 
-def _balanced(site: Site, wide: int, hkv: int, ranking: Tensor) -> list[int]:
-    """The best ``wide`` heads such that they split evenly over ``hkv`` disjoint sets of original KV heads."""
+def _query_groups(site: Site, wide: int, hkv: int, distances: Tensor | None) -> list[list[int]]:
+    """Disjoint sets of query heads of which equally many must be kept: one set for each new KV head. With a KV head
+    for every query head, any kept heads can be put together: one set of all."""
     if site.kv_heads == site.heads:
-        return sorted(_best(range(site.heads), wide, ranking))
-    kept: list[int] = []
+        return [list(range(site.heads))]
     share = wide // hkv
-    for group in np.array_split(np.arange(site.kv_heads), hkv):
-        members = [c for c, kv in enumerate(site.kv_of) if kv in set(group.tolist())]
+    if distances is not None and hkv < site.kv_heads:
+        merged = grouped(range(site.kv_heads), hkv, distances)
+    else:
+        merged = [group.tolist() for group in np.array_split(np.arange(site.kv_heads), hkv)]
+    groups = []
+    for group in merged:
+        members = [c for c, kv in enumerate(site.kv_of) if kv in group]
         if len(members) < share:
             raise PlanError(
                 f"site {site.name!r} has {site.heads} query heads on {site.kv_heads} KV heads: a group of "
-                f"{len(group)} KV "
-                f"heads cannot give {share} query heads"
+                f"{len(group)} KV heads cannot give {share} query heads"
             )
-        kept.extend(_best(members, share, ranking))
-    return sorted(kept)
+        groups.append(members)
+    return groups
 
 
 def _best(members: Sequence[int], count: int, ranking: Tensor) -> list[int]:

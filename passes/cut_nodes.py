@@ -156,7 +156,10 @@ class Holders:
 
     def replace(self, old: torch.Tensor, plan: ParameterPlan) -> None:
         """Put the cut tensor wherever ``old`` was; ties stay tied."""
-        new = cut_tensor(old.detach(), plan)
+        self.put(old, cut_tensor(old.detach(), plan))
+
+    def put(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Put ``new`` wherever ``old`` was, as a parameter if that was one."""
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for table, name in self._places[id(old)]:

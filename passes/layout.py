@@ -30,6 +30,15 @@ class NewShape:
         return dim in (self.kept if self.kept is not None else self.grid)
 
 
+def head_entries(site: Site, use: LeafUse, member: tuple[int, int]) -> list[int]:
+    """The entries of a parameter's head axis that belong to the canonical heads from ``member[0]`` to ``member[1]``."""
+    first, last = low(use.labels), high(use.labels)
+    inside = (first >= member[0]) & (last <= member[1]) & (use.labels != EMPTY)
+    if site.kinds[use.role] == "kv" and member[0] != member[1] and bool((first == last)[inside].any()):
+        inside = inside & (first == member[0])
+    return torch.nonzero(inside).reshape(-1).tolist()
+
+
 class Layout:
     """Head arithmetic of one site under one plan (canonical numbers inside)."""
 
@@ -220,11 +229,7 @@ class Layout:
         return [(c, c) for c in group]
 
     def _entries(self, use: LeafUse, member: tuple[int, int]) -> list[int]:
-        first, last = low(use.labels), high(use.labels)
-        inside = (first >= member[0]) & (last <= member[1]) & (use.labels != EMPTY)
-        if self.site.kinds[use.role] == "kv" and member[0] != member[1] and bool((first == last)[inside].any()):
-            inside = inside & (first == member[0])
-        return torch.nonzero(inside).reshape(-1).tolist()
+        return head_entries(self.site, use, member)
 
     def dropped(self, use: LeafUse) -> list[int]:
         """The entries of a parameter that belong to heads which are gone."""

@@ -9,21 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from sqa_fx.errors import NoAttentionError, PlanError
 from sqa_fx.passes.analyse import analyse
 from sqa_fx.passes.check import check_graph
 from sqa_fx.passes.choose import check_fit, choose, weight_scores
+from sqa_fx.passes.evidence import Evidence
 from sqa_fx.passes.find import GraphFacts, find_cores
+from sqa_fx.passes.head_scores import data_scores
 from sqa_fx.passes.locate import location, named, nodes_at
 from sqa_fx.passes.mixers import OtherMixer, other_mixers
 from sqa_fx.passes.rewrite import rewrite
 from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.simplify import simplify
 from sqa_fx.passes.site import Refusal, Refused, Site
+from sqa_fx.passes.statistics import SiteStatistics
 from sqa_fx.plan import Plan, SitePlan
-from sqa_fx.request import HeadChoice, Request, check_patterns, resolve, rounding
+from sqa_fx.request import WITHOUT_DATA, HeadChoice, Request, check_patterns, resolve, rounding
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,11 +109,19 @@ def find_sites(module: fx.GraphModule, allow_inexact: bool = False, fixed_caches
 
 
 def make_plan(
-    analysis: Analysis, hq: Request, hkv: Request, heads_by: HeadChoice, kv_merge: str, all_patterns: bool = True
+    analysis: Analysis,
+    hq: Request,
+    hkv: Request,
+    heads_by: HeadChoice,
+    kv_merge: str,
+    all_patterns: bool = True,
+    evidence: Evidence | None = None,
 ) -> dict[str, SitePlan]:
     """The plan of every site that the request names. Sites that share weights are ranked together.
 
-    ``all_patterns`` demands that every pattern of the request names a site of this graph.
+    ``all_patterns`` demands that every pattern of the request names a site of this graph. ``evidence`` is what
+    calibration data said of the sites; choices that need data fall back to others where it says nothing of a site, and
+    the notes say so.
     """
     names = [s.name for s in analysis.sites]
     if all_patterns:
@@ -124,24 +135,48 @@ def make_plan(
     analysis.notes.extend(note for note in rounded if note)
     plans: dict[str, SitePlan] = {}
     for group in _tied(analysis.sites):
-        scores = None
-        if heads_by == "weights":
-            each = [weight_scores(analysis.facts.module, s) for s in group]
-            if len({len(e) for e in each}) == 1:
-                scores = sum(e / e.mean().clamp(min=1e-30) for e in each[1:]) + each[0] / each[0].mean().clamp(
-                    min=1e-30
-                )
+        known = evidence.of(group) if evidence is not None else None
+        scores, by = _ranking(analysis, group, heads_by, known)
         for site in group:
             numbers = wanted[site.name]
-            if numbers is not None:
-                own = (
-                    scores
-                    if scores is None or len(scores) == site.heads
-                    else weight_scores(analysis.facts.module, site)
-                )
-                with _located(site):
-                    plans[site.name] = choose(site, *numbers, own, heads_by, kv_merge)
+            if numbers is None:
+                continue
+            own = scores if scores is None or len(scores) == site.heads else weight_scores(analysis.facts.module, site)
+            merge, distances = kv_merge, None
+            if evidence is not None and kv_merge == "aligned":
+                distances = evidence.distances(site)
+            if merge == "aligned" and distances is None:
+                merge = "select"
+                if numbers[1] < site.kv_heads:
+                    analysis.notes.append(
+                        f"site {site.name!r}: its KV heads cannot be turned, so the best ones are kept"
+                    )
+            with _located(site):
+                plans[site.name] = choose(site, *numbers, own, by, merge, known, distances)
     return plans
+
+
+def _ranking(
+    analysis: Analysis, group: Sequence[Site], heads_by: HeadChoice, known: SiteStatistics | None
+) -> tuple[Tensor | None, HeadChoice]:
+    """Scores of the heads of sites that share weights, and by what their heads are really chosen."""
+    if not isinstance(heads_by, str) or heads_by == "first":
+        return None, heads_by
+    if heads_by not in WITHOUT_DATA:
+        if known is not None:
+            return data_scores(known, "importance" if heads_by == "reconstruct" else heads_by), heads_by
+        names = ", ".join(repr(s.name) for s in group)
+        analysis.notes.append(
+            f"site {names}: the output projection is not one matrix over all heads, so that calibration data says "
+            "nothing of it; its heads are chosen by weights"
+        )
+    each = [weight_scores(analysis.facts.module, s) for s in group]
+    if len({len(e) for e in each}) > 1:
+        return None, "weights"
+    scores = each[0] / each[0].mean().clamp(min=1e-30)
+    for e in each[1:]:
+        scores = scores + e / e.mean().clamp(min=1e-30)
+    return scores, "weights"
 
 
 @contextlib.contextmanager

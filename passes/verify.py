@@ -15,12 +15,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from sqa_fx.errors import VerifyError
+from sqa_fx.errors import PlanError, VerifyError
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.locate import named, place
 from sqa_fx.passes.ops import op_name
 from sqa_fx.passes.other_sizes import other_inputs
 from sqa_fx.passes.parameters import cut_tensor, mean
+from sqa_fx.passes.rotation import turned_weights
 from sqa_fx.passes.widened import Widened
 from sqa_fx.plan import ParameterPlan, Plan, from_ranges
 
@@ -90,8 +91,37 @@ def worst(first: Proof | None, second: Proof) -> Proof:
 
 
 def masked_weights(module: fx.GraphModule, plan: Plan) -> dict[str, Tensor]:
-    """The oracle's weights by parameter name: dropped output columns zero, merged heads replaced by their merge."""
-    return {p.name: masked_tensor(attribute(module, p.name).detach(), p) for p in plan.parameters}
+    """The oracle's weights by parameter name: heads turned as the plan says, dropped output columns zero, merged heads
+    replaced by their merge, and refitted weights where the plan has them."""
+    found = turned_weights(module, plan.rotations, plan.tensors)
+    for p in plan.parameters:
+        found[p.name] = masked_tensor(found.get(p.name, attribute(module, p.name).detach()), p)
+    cuts = {p.name: p for p in plan.parameters}
+    for name in plan.refitted:
+        new = refitted_tensor(plan, name)
+        found[name] = _in_original_places(found[name], new, cuts[name]) if name in cuts else new
+    return found
+
+
+def refitted_tensor(plan: Plan, name: str) -> Tensor:
+    """The new value of a refitted parameter. Raises PlanError when the plan came without its tensors."""
+    key = f"refitted/{name}"
+    if key not in plan.tensors:
+        raise PlanError(
+            f"the plan refits {name}, but its tensors are not here: keep the .safetensors file beside the plan"
+        )
+    return plan.tensors[key]
+
+
+def _in_original_places(masked: Tensor, new: Tensor, parameter: ParameterPlan) -> Tensor:
+    """``new`` (cut) spread over the entries of the original parameter that it stands for; the others stay zero."""
+    spread = masked.clone()
+    for block in parameter.blocks:
+        to = torch.tensor(from_ranges(block.to), device=new.device)
+        own = new.index_select(parameter.axis, to).to(spread)
+        for ranges in block.sources:
+            spread.index_copy_(parameter.axis, torch.tensor(from_ranges(ranges), device=spread.device), own)
+    return spread
 
 
 def masked_tensor(old: Tensor, parameter: ParameterPlan) -> Tensor:
@@ -111,7 +141,7 @@ def _entries(tensor: Tensor, axis: int, ranges: Sequence[str]) -> Tensor:
     return tensor.index_select(axis, torch.tensor(from_ranges(ranges), device=tensor.device))
 
 
-class _Run(Widened):
+class MaskedRun(Widened):
     """Runs a graph with other weights, in float64 if asked; keeps the values of ``watched`` nodes."""
 
     def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor], wide: bool, watched: set[str]) -> None:
@@ -123,6 +153,7 @@ class _Run(Widened):
         self.narrowed: Mapping[str, tuple[str, int, Sequence[int]]] = {}
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """See fx.Interpreter."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n.name in self.narrowed:
             operand, dim, entries = self.narrowed[n.name]
@@ -132,6 +163,7 @@ class _Run(Widened):
         return args, kwargs
 
     def run_node(self, n: fx.Node) -> Any:
+        """See fx.Interpreter."""
         result = super().run_node(n)
         if n.name in self.watched and isinstance(result, Tensor):
             self.seen[n.name] = result
@@ -140,6 +172,7 @@ class _Run(Widened):
         return self.replaced.get(n.name, result)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """See fx.Interpreter."""
         if str(target) not in self.weights:
             return super().get_attr(target, args, kwargs)
         return self.widened(self.weights[str(target)])
@@ -253,9 +286,9 @@ class Comparison:
             return distance(expected, actual, known.get(name, 0.0) * 1e-3)
 
         masked, filled = self.weights()
-        left = _Run(self.original, masked, wide, {a for a, _ in self.outputs.values()})
+        left = MaskedRun(self.original, masked, wide, {a for a, _ in self.outputs.values()})
         left.narrowed = self.inexact.narrowed
-        right = _Run(self.rewritten, filled, wide, {b for _, b in self.outputs.values()})
+        right = MaskedRun(self.rewritten, filled, wide, {b for _, b in self.outputs.values()})
         whole, smaller = self.caches(inputs)
         with torch.no_grad():
             state = torch.random.get_rng_state()

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
 
 from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
-from sqa_fx.convert_graph import NothingRewritten, convert_graph, cut_inputs, graph_report, parameter_count
+from sqa_fx.batches import as_call
+from sqa_fx.calibration import Loss, Spool, calibrate
+from sqa_fx.convert_graph import (
+    FromData,
+    NothingRewritten,
+    convert_graph,
+    cut_inputs,
+    graph_report,
+    parameter_count,
+)
 from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
@@ -19,6 +29,7 @@ from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.passes.capture import Captured, capture
 from sqa_fx.passes.capture_ways import TRY, DynamicShapes
+from sqa_fx.passes.head_scores import GRADIENT_SCORES
 from sqa_fx.passes.pipeline import Analysis, Timings, find_sites, fit_plan, make_plan
 from sqa_fx.passes.record import Call
 from sqa_fx.passes.verify import Precision
@@ -26,7 +37,7 @@ from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
 from sqa_fx.region_graph import RegionGraph, region_graphs
 from sqa_fx.report import Report
-from sqa_fx.request import HeadChoice, Request
+from sqa_fx.request import WITHOUT_DATA, HeadChoice, HeadScore, KvMerge, Request
 from sqa_fx.site_limit import VARIABLE, limited
 from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
@@ -41,8 +52,11 @@ def convert(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
-    heads: HeadChoice = "weights",
-    kv_merge: Literal["mean", "select"] = "mean",
+    heads: HeadChoice | None = None,
+    kv_merge: KvMerge | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    repair: bool | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     verify: bool | Precision = True,
     allow_inexact: bool = False,
@@ -53,8 +67,19 @@ def convert(
     (0.5), a variant name (``hq="sSQA"``), or a mapping from site patterns to any of these (sites that no pattern
     names stay). ``plan`` applies a plan made before instead. ``args`` and ``kwargs`` are example inputs as for
     torch.export.export; without them the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that
-    has none is converted on its first call. ``heads`` says which heads stay: "weights" (largest norm of value and
-    output blocks), "first", or lists by site pattern. ``kv_merge`` says how KV heads that share a group become one.
+    has none is converted on its first call.
+
+    ``calibration`` is an iterable of batches of model inputs (a tensor, a tuple of arguments, or a mapping of keyword
+    arguments each; ``attention_mask`` [batch, tokens] marks the valid tokens). It is read once. ``heads`` says which
+    heads stay: "weights" (largest norm of value and output blocks; the default without data), "first", lists by site
+    pattern, or with data "reconstruct" (the default: the set from which the site's output can best be fitted again),
+    "importance", "activation", "wifv", "taylor" and "fisher" (see passes/head_scores). The last two need gradients, of
+    ``loss(outputs, batch)`` where given, else of the model's own distribution. ``kv_merge`` says how KV heads that
+    share a group become one: "mean" (the default without data), "select" (the best one stays) or, with data, "aligned"
+    (the default: the heads that are most alike are paired, turned onto each other without changing the model, and
+    averaged). ``repair`` (on with data) fits every output projection again in closed form, as far as that helps on
+    held-out samples.
+
     ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. ``allow_inexact`` also converts
     sites whose result cannot be exact, because a norm or a mean runs over the outputs or the weights of all heads: it
     runs over the kept ones then; the report marks these sites with how far they are off, and everything behind them
@@ -69,14 +94,25 @@ def convert(
         raise InputError("say how many heads to keep: hq=, hkv=, or a plan=")
     if plan is not None and not (hq is None and hkv is None):
         raise InputError("a plan holds its own hq and hkv: pass either plan= or hq=/hkv=")
-    _check_choices(heads, kv_merge)
+    heads = heads if heads is not None else "weights" if calibration is None else "reconstruct"
+    kv_merge = kv_merge if kv_merge is not None else "mean" if calibration is None else "aligned"
+    _check_choices(heads, kv_merge, calibration, plan, repair)
     inputs = _inputs(model, args, kwargs)
+    if inputs is None and calibration is not None:
+        batches = iter(calibration)
+        first = next(batches, None)
+        if first is None:
+            raise InputError("calibration= gave no batches (an iterator that was used up already?)")
+        inputs, calibration = as_call(first), itertools.chain([first], batches)
     options: dict[str, Any] = {
         "hq": hq,
         "hkv": hkv,
         "plan": plan,
         "heads": heads,
         "kv_merge": kv_merge,
+        "calibration": calibration,
+        "loss": loss,
+        "repair": repair is not False,
         "dynamic_shapes": dynamic_shapes,
         "verify": verify,
         "allow_inexact": allow_inexact,
@@ -97,6 +133,9 @@ def _convert(
     plan: Plan | None,
     heads: HeadChoice,
     kv_merge: str,
+    calibration: Iterable[Any] | None,
+    loss: Loss | None,
+    repair: bool,
     dynamic_shapes: DynamicShapes,
     verify: bool | Precision,
     allow_inexact: bool,
@@ -104,18 +143,38 @@ def _convert(
     timings = Timings()
     whole = _capture_whole(model, args, kwargs, dynamic_shapes, timings, allow_inexact)
     if isinstance(whole, Parts):
+        if calibration is not None or (plan is not None and (plan.rotations or plan.refitted)):
+            raise InputError(
+                "calibration data is used where torch.export takes the whole model; this one is converted submodule by "
+                f"submodule ({whole.story([])}): convert it without calibration="
+            )
         return _convert_parts(whole, hq, hkv, plan, heads, kv_merge, verify, timings)
     captured, analysis = whole
     analysis.require_sites()
-    given = plan
-    plans = timings.timed(
-        "plan",
-        lambda: fit_plan(analysis, given) if given is not None else make_plan(analysis, hq, hkv, heads, kv_merge),
-    )
+    if plan is not None:
+        plans = timings.timed("plan", lambda: fit_plan(analysis, plan))
+        return _convert_captured(captured, analysis, _named(plans, analysis), plan, verify, timings)
+    if calibration is None:
+        plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, heads, kv_merge))
+        return _convert_captured(captured, analysis, _named(plans, analysis), None, verify, timings)
+    with Spool(captured) as spool:
+        gradients = isinstance(heads, str) and heads in GRADIENT_SCORES
+        evidence = timings.timed(
+            "calibrate",
+            lambda: calibrate(captured, analysis, calibration, spool, gradients, kv_merge == "aligned", loss),
+        )
+        plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, heads, kv_merge, evidence=evidence))
+        plans = _named(plans, analysis)
+        rotations, matrices = evidence.all_rotations(analysis.sites, plans)
+        from_data = FromData(rotations, matrices, spool if repair else None)
+        return _convert_captured(captured, analysis, plans, None, verify, timings, from_data=from_data)
+
+
+def _named(plans: dict[str, SitePlan], analysis: Analysis) -> dict[str, SitePlan]:
+    """``plans`` within the limit that the environment sets. Raises PlanError when the request names no site."""
     if not plans:
         raise PlanError(f"no site is named by the request; sites are: {', '.join(s.name for s in analysis.sites)}")
-    plans = _limited(plans, analysis)
-    return _convert_captured(captured, analysis, plans, given, verify, timings)
+    return _limited(plans, analysis)
 
 
 def _capture_whole(
@@ -156,9 +215,10 @@ def _convert_captured(
     verify: bool | Precision,
     timings: Timings,
     calls: Sequence[Call] = (),
+    from_data: FromData | None = None,
 ) -> ConvertedModule:
     """Rewrite and prove one graph, on its example inputs and on ``calls``."""
-    plan, report = convert_graph(captured, analysis, plans, given, verify, timings, calls)
+    plan, report = convert_graph(captured, analysis, plans, given, verify, timings, calls, from_data)
     _own_tensors(captured.graph_module)
     args, kwargs = cut_inputs(captured.graph_module.graph, plan, captured.args, captured.kwargs)
     return ConvertedModule(
@@ -282,13 +342,22 @@ def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) ->
     return report, graphs
 
 
-def _check_choices(heads: HeadChoice, kv_merge: str) -> None:
-    if isinstance(heads, str) and heads not in ("first", "weights"):
-        raise InputError(
-            f"heads={heads!r}: known are 'first', 'weights', or a mapping from site patterns to lists of heads"
-        )
-    if kv_merge not in ("mean", "select"):
-        raise InputError(f"kv_merge={kv_merge!r}: known are 'mean' and 'select'")
+def _check_choices(
+    heads: HeadChoice, kv_merge: str, calibration: Iterable[Any] | None, plan: Plan | None, repair: bool | None
+) -> None:
+    if isinstance(heads, str) and heads not in get_args(HeadScore):
+        known = ", ".join(repr(name) for name in get_args(HeadScore))
+        raise InputError(f"heads={heads!r}: known are {known}, or a mapping from site patterns to lists of heads")
+    if kv_merge not in get_args(KvMerge):
+        raise InputError(f"kv_merge={kv_merge!r}: known are {', '.join(repr(name) for name in get_args(KvMerge))}")
+    if calibration is None:
+        if (isinstance(heads, str) and heads not in WITHOUT_DATA) or kv_merge == "aligned" or repair:
+            what = (
+                "repair=True" if repair else f"kv_merge={kv_merge!r}" if kv_merge == "aligned" else f"heads={heads!r}"
+            )
+            raise InputError(f"{what} needs calibration=, an iterable of batches of model inputs")
+    elif plan is not None:
+        raise InputError("a plan holds what its own calibration gave: pass either plan= or calibration=")
 
 
 def _inputs(

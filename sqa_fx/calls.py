@@ -78,6 +78,10 @@ class CallBinder:
                 found[name] = value
         return found
 
+    def captured_names(self) -> set[str] | None:
+        """The names of the inputs that the graph was captured with; None where only their order is known."""
+        return set(self._captured) if self.signature is not None else None
+
     def bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], floating: torch.dtype | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from sqa_fx.calibration import Spool
 from sqa_fx.errors import PlanError
 from sqa_fx.passes.capture import Captured, clone_graph, dynamic_sizes
-from sqa_fx.passes.cut_nodes import cut_unread
+from sqa_fx.passes.cut_nodes import Holders, cut_unread
 from sqa_fx.passes.find import SDPA
+from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.locate import named, nodes_at
 from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.parameters import cut_tensor
 from sqa_fx.passes.pipeline import Analysis, Timings, run_passes
 from sqa_fx.passes.record import Call
+from sqa_fx.passes.refit import Refit
 from sqa_fx.passes.rewritten import Rewritten
+from sqa_fx.passes.rotation import turned_weights
 from sqa_fx.passes.site import Refusal, Site
-from sqa_fx.passes.verify import Comparison, Inexact, Precision, Proof, worst
+from sqa_fx.passes.verify import Comparison, Inexact, Precision, Proof, refitted_tensor, worst
 from sqa_fx.passes.verify import verify as prove
-from sqa_fx.plan import Plan, SitePlan
+from sqa_fx.plan import Plan, Rotation, SitePlan
+from sqa_fx.repair import repair
 from sqa_fx.report import OtherMixerReport, Report, SiteReport, refused_entry
 from sqa_fx.trace_log import log_graph
 
@@ -41,6 +46,15 @@ class NothingRewritten(PlanError):
         self.refused = [refused_entry(r) for r in refused]
 
 
+@dataclass(frozen=True)
+class FromData:
+    """What calibration data adds to a conversion: rotations before the cut, and a repair after it."""
+
+    rotations: tuple[Rotation, ...]
+    matrices: Mapping[str, Tensor]
+    spool: Spool | None = None
+
+
 def convert_graph(
     captured: Captured,
     analysis: Analysis,
@@ -49,6 +63,7 @@ def convert_graph(
     verify: bool | Precision,
     timings: Timings,
     calls: Sequence[Call] = (),
+    from_data: FromData | None = None,
 ) -> tuple[Plan, Report]:
     """Rewrite ``captured.graph_module`` in place as ``plans`` say, and prove it on its example inputs and on ``calls``.
 
@@ -56,6 +71,10 @@ def convert_graph(
     VerifyError.
     """
     original = clone_graph(captured.graph_module)
+    if given is not None:
+        from_data = FromData(given.rotations, given.tensors)
+    if from_data is not None and from_data.rotations:
+        _turn(captured.graph_module, from_data)
     log_graph("before", original)
     before = parameter_count(captured.graph_module)
     done = run_passes(analysis, dict(plans), timings)
@@ -71,6 +90,22 @@ def convert_graph(
         names = {p.name for p in made.parameters}
         unread = cut_unread(captured.graph_module, [p for p in given.parameters if p.name not in names])
         made = replace(made, parameters=(*made.parameters, *unread))
+    fits: Mapping[str, Refit] = {}
+    if from_data is not None:
+        made = replace(made, rotations=from_data.rotations, tensors=dict(from_data.matrices))
+    if given is not None and given.refitted:
+        holders = Holders(captured.graph_module)
+        for name in given.refitted:
+            old = attribute(captured.graph_module, name)
+            holders.put(old, refitted_tensor(given, name).to(old))
+        made = replace(made, refitted=given.refitted)
+    elif from_data is not None and from_data.spool is not None:
+        spool = from_data.spool
+        found = timings.timed("repair", lambda: repair(original, captured.graph_module, made, done.outputs, spool))
+        fits = found.sites
+        done.notes.extend(found.notes)
+        refitted = tuple(name.removeprefix("refitted/") for name in found.tensors)
+        made = replace(made, refitted=refitted, tensors={**made.tensors, **found.tensors})
     proof = None
     if verify:
         precision: Precision = verify if isinstance(verify, str) else "float64"
@@ -83,7 +118,18 @@ def convert_graph(
                     first, prove(comparison, call.args, call.kwargs, precision)
                 ),
             )
-    return made, graph_report(captured, analysis, converted, done, proof, before, timings)
+    return made, graph_report(captured, analysis, converted, done, proof, before, timings, fits)
+
+
+def _turn(module: fx.GraphModule, data: FromData) -> None:
+    """Turn heads of ``module`` as planned. Raises PlanError when the plan turns what the model does not have."""
+    try:
+        turned = turned_weights(module, data.rotations, data.matrices)
+    except AttributeError as error:
+        raise PlanError(f"the plan turns heads of a parameter that this model does not have: {error}") from error
+    holders = Holders(module)
+    for name, tensor in turned.items():
+        holders.put(attribute(module, name), tensor)
 
 
 def cut_inputs(
@@ -117,8 +163,9 @@ def graph_report(
     proof: Proof | None,
     parameters_before: int,
     timings: Timings,
+    fits: Mapping[str, Refit] | None = None,
 ) -> Report:
-    """The report on one graph, converted (``done``) or only looked at."""
+    """The report on one graph, converted (``done``) or only looked at; ``fits`` is how its sites were repaired."""
     errors = {s.name: s.error for s in proof.sites} if proof is not None else {}
     forms = _attention_forms(captured.graph_module, done)
     dynamic, static = dynamic_sizes(captured.graph_module)
@@ -139,7 +186,7 @@ def graph_report(
     refused = [*analysis.refusals, *(done.refused if done is not None else ())]
     gone = {r.name for r in done.refused} if done is not None else set()
     report.sites = [
-        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name))
+        _site_report(s, plans.get(s.name), forms.get(s.name, ""), errors.get(s.name), (fits or {}).get(s.name))
         for s in analysis.sites
         if s.name not in gone
     ]
@@ -172,7 +219,7 @@ def _attention_forms(module: fx.GraphModule, done: Rewritten | None) -> dict[str
     return forms
 
 
-def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None) -> SiteReport:
+def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | None, fit: Refit | None) -> SiteReport:
     hq = plan.hq if plan is not None else site.heads
     hkv = plan.hkv if plan is not None else site.kv_heads
     v_dim = int(hint(value_of(site.core.v).shape[-1]))
@@ -201,4 +248,6 @@ def _site_report(site: Site, plan: SitePlan | None, form: str, error: float | No
         location=site.place.where,
         inexact="; ".join(f"{why} (node {node.name})" for node, why in site.inexact),
         attentions=len(site.cores),
+        error_before_repair=None if fit is None or math.isnan(fit.before) else fit.before,
+        error_after_repair=None if fit is None or math.isnan(fit.after) else fit.after,
     )

@@ -13,7 +13,10 @@ Schema (version 1)::
        {"name": "encoder.layer.0.attention.query.weight", "axis": 0, "size": [384, 192], "sites": [...],
         "blocks": [{"role": "q", "head": 0, "to": ["0:32"], "from": [["0:32"]], "replaces": [["0:32"]]}, ...],
         "dropped": ["32:64", ...]}],
-     "inputs": [...]}                                     # caches among the inputs, cut in the same way
+     "inputs": [...],                                     # caches among the inputs, cut in the same way
+     "rotations": [{"parameter": "...", "axis": 0, "entries": ["0:32"], "matrix": "rotation/.../v/0"}, ...],
+     "refitted": ["encoder.layer.0.attention.output.dense.weight", ...],
+     "tensors": {"file": "plan.safetensors", "sha256": "..."}}
 
 Head numbers are the model's own (order along the head axis of its attention). Query head ``i`` of the result reads KV
 head ``i * hkv // hq`` (for hq < hkv, KV head ``j`` is read by query head ``j * hq // hkv``).
@@ -24,19 +27,29 @@ slices). Blocks together fill the result exactly. ``replaces`` are the original 
 stands for (more than ``from`` when one KV head is selected out of several). ``dropped`` are the original entries of
 heads that are gone. Roles: ``q``, ``k``, ``v``, ``o``, ``side:*`` (an operand with a head axis), ``rest`` (entries
 that belong to no head).
+
+With calibration data there may be two more steps, whose numbers lie in a safetensors file beside the JSON. Before the
+cut, ``rotations`` replace the ``entries`` e along ``axis`` of a parameter by R^T e, with R [n, n] the tensor
+``matrix``: changes of basis that leave the model's function as it is, and let KV heads be averaged. After the cut,
+parameters in ``refitted`` are replaced by the tensors ``refitted/NAME``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
 from sqa_fx.errors import InputError, MissingError, PlanError
+from sqa_fx.whole_file import write_whole
 
 FORMAT = "sqa-fx-plan"
 VERSION = 1
@@ -126,6 +139,17 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """A change of basis of one head: ``entries`` e along ``axis`` of ``parameter`` become R^T e before the cut, with R
+    the tensor ``matrix`` of the plan."""
+
+    parameter: str
+    axis: int
+    entries: Ranges
+    matrix: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole conversion as data; see the module's docstring for the JSON schema."""
 
@@ -133,6 +157,11 @@ class Plan:
     parameters: tuple[ParameterPlan, ...] = field(default=())
     inputs: tuple[ParameterPlan, ...] = field(default=())
     """Inputs of the graph that hold keys or values (caches), by the graph's name for them."""
+    rotations: tuple[Rotation, ...] = field(default=())
+    refitted: tuple[str, ...] = field(default=())
+    """Parameters that get new values after the cut, from calibration data."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What ``rotations`` and ``refitted`` name; empty for a plan that was made without data."""
 
     def site(self, name: str) -> SitePlan | None:
         """The plan of site ``name``, or None."""
@@ -152,7 +181,15 @@ class Plan:
         """The plan as JSON-ready data."""
         sites = [json.loads(json.dumps(asdict(s))) for s in self.sites]
         cuts = {name: [_cut_json(p) for p in own] for name, own in self._cuts().items()}
-        return {"format": FORMAT, "version": VERSION, "sites": sites, **cuts}
+        rotations = [{**asdict(r), "entries": list(r.entries)} for r in self.rotations]
+        data_driven = {"rotations": rotations, "refitted": list(self.refitted)}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "sites": sites,
+            **cuts,
+            **{name: entries for name, entries in data_driven.items() if entries},
+        }
 
     def _cuts(self) -> dict[str, tuple[ParameterPlan, ...]]:
         return {"parameters": self.parameters, **({"inputs": self.inputs} if self.inputs else {})}
@@ -168,31 +205,30 @@ class Plan:
             sites = tuple(_site(entry) for entry in data["sites"])
             parameters = tuple(_parameter(entry) for entry in data["parameters"])
             inputs = tuple(_parameter(entry) for entry in data.get("inputs", ()))
+            rotations = tuple(_rotation(entry) for entry in data.get("rotations", ()))
+            refitted = tuple(str(name) for name in data.get("refitted", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__}: {error}") from error
-        return Plan(sites, parameters, inputs)
+        return Plan(sites, parameters, inputs, rotations, refitted)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the plan as JSON. Raises InputError when ``path`` exists (unless ``overwrite``) or cannot be
-        written."""
+        """Write the plan as JSON, and its tensors, if it has any, as safetensors beside it. Raises InputError when a
+        file exists (unless ``overwrite``) or cannot be written."""
         target = Path(path)
-        if target.exists() and not overwrite:
-            raise InputError(f"{target} exists; choose another path or pass overwrite=True")
-        try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        except OSError as error:
-            raise InputError(f"cannot write in {target.parent}: {error.strerror}") from error
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        beside = target.with_suffix(".safetensors")
+        for file in (target, *([beside] if self.tensors else [])):
+            if file.exists() and not overwrite:
+                raise InputError(f"{file} exists; choose another path or pass overwrite=True")
+        data = self.to_json()
+        if self.tensors:
+            content = save_tensors({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
+            data["tensors"] = {"file": beside.name, "sha256": hashlib.sha256(content).hexdigest()}
+            write_whole(beside, content, overwrite=overwrite)
+        write_whole(target, json.dumps(data, indent=1).encode(), overwrite=overwrite)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
-        """Read a plan. Raises MissingError when there is no such file, PlanError when it is truncated or foreign."""
+        """Read a plan. Raises MissingError when a file of it is missing, PlanError when one is truncated or foreign."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError as error:
@@ -203,7 +239,21 @@ class Plan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise PlanError(f"{path} is not JSON (truncated?): {error}") from error
-        return Plan.from_json(data)
+        plan = Plan.from_json(data)
+        return replace(plan, tensors=_tensors(Path(path), data["tensors"])) if "tensors" in data else plan
+
+
+def _tensors(path: Path, entry: Any) -> dict[str, Tensor]:
+    """The tensors of the plan at ``path``."""
+    if not isinstance(entry, Mapping) or not {"file", "sha256"} <= entry.keys():
+        raise PlanError(f"{path} does not say which file holds its tensors")
+    beside = path.parent / Path(str(entry["file"])).name
+    if not beside.is_file():
+        raise MissingError(f"the plan {path} needs {beside.name} beside it, which is not there")
+    content = beside.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise PlanError(f"{beside} is not the file that {path} was written with: its SHA-256 differs")
+    return dict(load_tensors(content))
 
 
 def _cut_json(cut: ParameterPlan) -> dict[str, Any]:
@@ -242,6 +292,10 @@ def _site(entry: Mapping[str, Any]) -> SitePlan:
     if len(site.query_groups) != site.hq or len(site.kv_groups) != site.hkv:
         raise ValueError(f"site {site.name}: hq={site.hq}, hkv={site.hkv} do not match its head groups")
     return site
+
+
+def _rotation(entry: Mapping[str, Any]) -> Rotation:
+    return Rotation(str(entry["parameter"]), int(entry["axis"]), tuple(entry["entries"]), str(entry["matrix"]))
 
 
 def _parameter(entry: Mapping[str, Any]) -> ParameterPlan:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 @contextlib.contextmanager
 def steps(*names: str) -> Iterator[Callable[[], None]]:
     """A bar over named steps on stderr; each call of what is yielded begins the next one."""
-    with tqdm(total=len(names), file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, unit="step") as bar:
+    with tqdm(total=len(names), file=sys.stderr, disable=hidden(), leave=False, unit="step") as bar:
         remaining = iter(names)
         begun = False
 
@@ -24,3 +24,8 @@ def steps(*names: str) -> Iterator[Callable[[], None]]:
             bar.set_description(next(remaining))
 
         yield begin
+
+
+def hidden() -> bool:
+    """True where a progress bar would only be in the way: stderr is no terminal."""
+    return not sys.stderr.isatty()

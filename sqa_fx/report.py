@@ -20,6 +20,8 @@ class SiteReport:
     ``inexact`` says why the site cannot agree with the masked original (only with ``allow_inexact``), '' when it does.
     ``attentions`` counts the attention computations of the site: more than one where their outputs meet before one
     output projection (heads in a loop, attention over two sources added).
+    ``error_before_repair`` and ``error_after_repair`` are the mean squared errors of the site's output against the
+    original's on held-out calibration data, relative to its variance; None where it was not repaired.
     """
 
     name: str
@@ -41,6 +43,8 @@ class SiteReport:
     location: str = ""
     inexact: str = ""
     attentions: int = 1
+    error_before_repair: float | None = None
+    error_after_repair: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Report:
 
     def table(self) -> str:
         """The report as text."""
+        repaired = any(s.error_after_repair is not None for s in self.sites)
         head = (
             "site",
             "query heads",
@@ -144,6 +149,7 @@ class Report:
             "attention GFLOPs",
             "KV bytes/token",
             "attention",
+            *(["held-out error"] if repaired else []),
             "proof error",
             "at",
         )
@@ -157,6 +163,7 @@ class Report:
                     f"{s.flops_before / 1e9:.4g} -> {s.flops_after / 1e9:.4g}",
                     f"{s.kv_bytes_before} -> {s.kv_bytes_after}",
                     s.attention,
+                    *([_errors(s)] if repaired else []),
                     "-" if s.proof_error is None else f"{s.proof_error:.1e}",
                     s.location,
                 )
@@ -185,3 +192,10 @@ class Report:
         return "\n".join(lines)
 
     __str__ = table
+
+
+def _errors(site: SiteReport) -> str:
+    """The held-out error of a site before and after its repair."""
+    if site.error_before_repair is None or site.error_after_repair is None:
+        return "-"
+    return f"{site.error_before_repair:.3f} -> {site.error_after_repair:.3f}"

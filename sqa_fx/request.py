@@ -12,7 +12,11 @@ from sqa_fx.errors import PlanError
 
 HeadCount = int | float | str
 Request = HeadCount | Mapping[str, HeadCount] | None
-HeadChoice = Literal["first", "weights"] | Mapping[str, Sequence[int]]
+HeadScore = Literal["first", "weights", "reconstruct", "importance", "activation", "wifv", "taylor", "fisher"]
+HeadChoice = HeadScore | Mapping[str, Sequence[int]]
+KvMerge = Literal["mean", "select", "aligned"]
+WITHOUT_DATA = ("first", "weights")
+"""Head choices that need no calibration data."""
 
 # Source: the variants named in arXiv 2510.01817, as fractions of the site's own H query heads. lSQA and rSQA leave one
 # number open there: lSQA takes hkv = hq/3 (a quarter of H), rSQA a quarter of the queries over half of the KV heads.

@@ -1,0 +1,178 @@
+"""A projection as a matrix: the product of activations with one parameter, whichever op and layout it is written in.
+
+Every contraction is described by how its operands' dimensions meet (see ops), so that a linear layer, a transposed
+matmul, a 1x1 convolution and an einsum over [heads, head_dim] all become y[n, out] = x[n, in] W[out, in]^T + b[out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sqa_fx.passes.evaluate import constant_tensor
+from sqa_fx.passes.graph import attribute
+from sqa_fx.passes.hints import is_tensor, shape_of
+from sqa_fx.passes.ops import Aligned, Move, Operand, step
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``node`` multiplies ``activation`` with the parameter ``weight``.
+
+    ``index`` [out, in] tells, for every element of the matrix, which element of the flattened parameter it is.
+    ``inner`` are the dimensions of the activation that are contracted, in the order of the matrix's columns;
+    ``outer`` those of the node that the matrix's rows make. ``bias`` is the parameter that is added to the rows, and
+    ``bias_index`` [out] its elements.
+    """
+
+    node: fx.Node
+    activation: fx.Node
+    weight: str
+    index: Tensor
+    inner: tuple[int, ...]
+    outer: tuple[int, ...]
+    bias: str | None = None
+    bias_index: Tensor | None = None
+
+    def rows_in(self, value: Tensor) -> Tensor:
+        """The activation as a matrix x [n, in]; n runs over its other dimensions in order."""
+        return _matrix(value, self.inner)
+
+    def rows_out(self, value: Tensor) -> Tensor:
+        """The node's value as a matrix y [n, out]."""
+        return _matrix(value, self.outer)
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """W [out, in] of the parameter's tensor."""
+        return parameter.reshape(-1)[self.index.to(parameter.device)]
+
+    def parameter(self, old: Tensor, matrix: Tensor) -> Tensor:
+        """The parameter's tensor with the elements that the matrix has replaced."""
+        new = old.detach().clone().reshape(-1)
+        new[self.index.to(old.device).reshape(-1)] = matrix.reshape(-1).to(old)
+        return new.reshape(old.shape)
+
+    def along(self, shape: Sequence[int], axis: int) -> Tensor:
+        """The position along ``axis`` of the parameter (of ``shape``) that each matrix element has: [out, in]."""
+        stride = 1
+        for size in shape[axis + 1 :]:
+            stride *= size
+        return self.index // stride % shape[axis]
+
+
+def _matrix(value: Tensor, columns: Sequence[int]) -> Tensor:
+    rest = [d for d in range(value.dim()) if d not in columns]
+    width = 1
+    for d in columns:
+        width *= value.shape[d]
+    return value.permute(*rest, *columns).reshape(-1, width)
+
+
+def projection(module: fx.GraphModule, node: fx.Node) -> Projection | None:
+    """``node`` as a matrix product of activations with a parameter; None when it is none, or when batches, groups or a
+    kernel keep it from being one matrix."""
+    description = step(node)
+    if not isinstance(description, Aligned) or not description.contraction or len(description.operands) < 2:
+        return None
+    for data, weight in (description.operands[:2], description.operands[1::-1]):
+        found = moved_parameter(module, weight.node)
+        if found is not None and is_tensor(data.node):
+            return _projection(module, node, data, weight, found, description.operands[2:])
+    return None
+
+
+def _projection(
+    module: fx.GraphModule,
+    node: fx.Node,
+    data: Operand,
+    weight: Operand,
+    found: tuple[str, Tensor],
+    added: Sequence[Operand],
+) -> Projection | None:
+    name, index = found
+    inner = [d for d in weight.dims if d is not None and d < 0 and d in data.dims]
+    outer = [d for d in weight.dims if d is not None and d >= 0]
+    if not inner or any(d in data.dims for d in outer):
+        return None
+    order: list[int] = [*(weight.dims.index(d) for d in outer), *(weight.dims.index(d) for d in inner)]
+    spare = [i for i in range(len(weight.dims)) if i not in order]
+    if any(index.size(i) != 1 for i in spare):
+        return None
+    # What the activation contracts by itself (the spatial dimensions of a convolution) must be what it seems.
+    if any(d is None or (d < 0 and d not in inner and d > -10) for d in data.dims):
+        return None
+    columns = 1
+    for d in inner:
+        columns *= index.size(weight.dims.index(d))
+    matrix = index.permute(*order, *spare).reshape(-1, columns)
+    if matrix.unique().numel() != matrix.numel():
+        return None
+    bias: str | None = None
+    bias_index: Tensor | None = None
+    for operand in added:
+        moved = moved_parameter(module, operand.node)
+        if moved is None or [d for d in operand.dims if d is not None] != outer or moved[1].numel() != matrix.size(0):
+            return None
+        bias, bias_index = moved[0], moved[1].reshape(-1)
+    return Projection(
+        node, data.node, name, matrix, tuple(data.dims.index(d) for d in inner), tuple(outer), bias, bias_index
+    )
+
+
+def moved_parameter(module: fx.GraphModule, node: fx.Node) -> tuple[str, Tensor] | None:
+    """The parameter that ``node`` is, or is moved from, and which of its elements each element of ``node`` is."""
+    chain = [node]
+    while chain[-1].op != "get_attr":
+        move = step(chain[-1])
+        if not isinstance(move, Move) or len(set(move.sources)) != 1:
+            return None
+        chain.append(move.sources[0])
+    source = chain[-1]
+    held = attribute(module, source.target)
+    if not isinstance(held, Tensor) or not held.is_floating_point():
+        return None
+    numbers = torch.arange(held.numel()).reshape(held.shape)
+    value = constant_tensor(node, _Numbered(str(source.target), numbers))
+    return None if value is None or tuple(value.shape) != shape_of(node) else (str(source.target), value)
+
+
+class _Numbered(torch.nn.Module):
+    """A module in which one name stands for the numbers of a parameter's elements."""
+
+    def __init__(self, name: str, numbers: Tensor) -> None:
+        super().__init__()
+        owner: torch.nn.Module = self
+        *path, last = name.split(".")
+        for part in path:
+            child = torch.nn.Module()
+            owner.add_module(part, child)
+            owner = child
+        owner.register_buffer(last, numbers)
+
+
+def readers(module: fx.GraphModule, parameter: fx.Node) -> list[Projection]:
+    """The projections that multiply activations with ``parameter`` (a get_attr node), or with what is moved from it."""
+    found: list[Projection] = []
+    queue, seen = [parameter], {parameter}
+    while queue:
+        for user in queue.pop().users:
+            if user in seen or not is_tensor(user):
+                continue
+            seen.add(user)
+            description = step(user)
+            if isinstance(description, Move):
+                queue.append(user)
+            elif (made := projection(module, user)) is not None and made.weight == str(parameter.target):
+                found.append(made)
+    return found
+
+
+def bias_of(module: fx.GraphModule, made: Projection) -> Tensor | None:
+    """The bias [out] of a projection."""
+    if made.bias is None or made.bias_index is None:
+        return None
+    held = attribute(module, made.bias)
+    return torch.as_tensor(held).detach().reshape(-1)[made.bias_index.to(held.device)]
