@@ -7,7 +7,8 @@
 For every model, dtype and engine: the unconverted model and its SQA variants are built, each is compared with its own
 graph in float64 (error at most twice that of eager in the same dtype, plus a few roundings), and all are measured in
 interleaved turns. "ideal" is Amdahl's law with the attention kernels of the baseline as measured in that engine:
-1 / (1 - a + a * hq / H). What cannot run here is said and left out. Without a GPU everything is small.
+1 / (1 - a + a * hq / H). A file that its own check refuses is measured all the same, and said to be. What cannot run
+here is said and left out. Without a GPU everything is small.
 Writes STEM.json, STEM.md and STEM.png after every group, and starts no group after --budget seconds.
 """
 
@@ -19,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import nn
 import sqa_fx
 from sqa_fx.bench import bench
 from sqa_fx.environment import environment
-from sqa_fx.errors import SqaError
+from sqa_fx.errors import SqaError, VerifyError
 from sqa_fx.export import PRECISIONS
 from sqa_fx.gpu_kernels import attention_kernels, gpu_kernels
 from sqa_fx.open_artifact import open_artifact
@@ -37,6 +39,7 @@ from sqa_fx.runners import CompiledRunner, EagerRunner, Runner
 from sqa_fx.validate import Reference, validate
 
 ENGINES = ["eager", "compiled", "onnx", "tensorrt-rtx", "torch-tensorrt", "aoti"]
+LOOKS = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v")]
 SUFFIX = {"onnx": ".onnx", "tensorrt-rtx": ".engine", "torch-tensorrt": ".ep", "aoti": ".pt2"}
 Row = dict[str, Any]
 References = list[tuple[int, torch.Tensor, Reference]]
@@ -54,7 +57,8 @@ def runner_of(
     path = folder / f"{name}{SUFFIX[engine]}"
     given = "input_ids" if example.dtype == torch.int64 else "x"
     longest = max(options.lengths)
-    artifact = sqa_fx.export(
+    export = functools.partial(
+        sqa_fx.export,
         module,
         path,
         to=engine,
@@ -62,11 +66,17 @@ def runner_of(
         # One batch size: engines are tuned for it, and the length is what varies.
         dynamic_shapes=length_is_free(longest),
         ranges={f"{given}.1": (1, sorted(options.lengths)[len(options.lengths) // 2], longest)},
-        # TensorRT has several forms of attention, and not every one is right on every GPU: the export finds out.
-        check=engine == "tensorrt-rtx",
         overwrite=True,
     )
-    return open_artifact(path, name, device=options.device), [*artifact.sidecar.attention, *artifact.sidecar.notes]
+    refusal: list[str] = []
+    try:
+        # TensorRT has several forms of attention, and not every one is right on every GPU: the export finds out.
+        artifact = export(check=engine == "tensorrt-rtx")
+    except VerifyError as error:
+        refusal = [f"refused by the check of its export ({first_line(error)}), and measured all the same"]
+        artifact = export(check=False)
+    said = [*artifact.sidecar.attention, *artifact.sidecar.notes, *refusal]
+    return open_artifact(path, name, device=options.device), said
 
 
 def length_is_free(longest: int) -> Any:
@@ -231,6 +241,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *body)])
 
 
+def remarks(rows: list[Row]) -> str:
+    """What the exports said of themselves, each once, as a Markdown list."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.get("said"):
+            names = found.setdefault((row["model"], row["engine"], "; ".join(row["said"])), [])
+            name = f"{row['dtype']} {row['variant']}"
+            if name not in names:
+                names.append(name)
+    return "\n".join(
+        f"- {model}, {engine}, {', '.join(names)}: {said}" for (model, engine, said), names in found.items()
+    )
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Speed-up over the baseline of the same engine by length: a panel for each model and dtype."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -240,13 +264,16 @@ def plot(rows: list[Row], path: Path) -> None:
     panels = sorted({(r["model"], r["dtype"]) for r in shown})
     if not panels:
         return
+    variants = list(dict.fromkeys(r["variant"] for r in shown))  # engines differ in colour, variants in line
+    looks = {v: {"linestyle": line, "marker": mark} for v, (line, mark) in zip(variants, cycle(LOOKS), strict=False)}
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in sorted({(r["engine"], r["variant"]) for r in shown if (r["model"], r["dtype"]) == panel}):
             own = [r for r in shown if (r["model"], r["dtype"], r["engine"], r["variant"]) == (*panel, *key)]
             points = sorted((r["length"], r["speedup"]) for r in own)
-            axes.plot(*zip(*points, strict=True), marker="o", label=" ".join(key))
+            color = f"C{ENGINES.index(key[0])}"
+            axes.plot(*zip(*points, strict=True), color=color, markersize=4, label=" ".join(key), **looks[key[1]])
         axes.set(title=f"{panel[0]}, {panel[1]}", xscale="log", xlabel="tokens")
         axes.set_ylabel("speed-up over the same engine's baseline")
         axes.axhline(1, color="grey", linewidth=0.8)
@@ -301,7 +328,8 @@ def write(rows: list[Row], about: dict[str, Any], stem: Path | None) -> None:
         return
     stem.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     said = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
-    stem.with_suffix(".md").write_text(f"# Engines compared\n\n{said}\n\n{table(rows)}\n")
+    parts = ["# Engines compared", said, table(rows), remarks(rows)]
+    stem.with_suffix(".md").write_text("\n\n".join(part for part in parts if part) + "\n")
     try:
         plot(rows, stem.with_suffix(".png"))
     except ImportError:
