@@ -27,6 +27,7 @@ from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
+from sqa_fx.passes.budget import allot, budget_share
 from sqa_fx.passes.capture import Captured, capture
 from sqa_fx.passes.capture_ways import TRY, DynamicShapes
 from sqa_fx.passes.head_scores import GRADIENT_SCORES
@@ -65,9 +66,10 @@ def convert(
 
     ``hq`` and ``hkv`` are the query and KV heads to keep per site: a number, a fraction of the site's own heads
     (0.5), a variant name (``hq="sSQA"``), or a mapping from site patterns to any of these (sites that no pattern
-    names stay). ``plan`` applies a plan made before instead. ``args`` and ``kwargs`` are example inputs as for
-    torch.export.export; without them the model's own (``dummy_inputs``, ``default_cfg``) are used, and a model that
-    has none is converted on its first call.
+    names stay). With calibration data, ``hq="auto:0.5"`` spends half of the attention FLOPs where heads matter most:
+    every site is given as many heads as its measured sensitivity calls for. ``plan`` applies a plan made before
+    instead. ``args`` and ``kwargs`` are example inputs as for torch.export.export; without them the model's own
+    (``dummy_inputs``, ``default_cfg``) are used, and a model that has none is converted on its first call.
 
     ``calibration`` is an iterable of batches of model inputs (a tensor, a tuple of arguments, or a mapping of keyword
     arguments each; ``attention_mask`` [batch, tokens] marks the valid tokens). It is read once. ``heads`` says which
@@ -97,6 +99,7 @@ def convert(
     heads = heads if heads is not None else "weights" if calibration is None else "reconstruct"
     kv_merge = kv_merge if kv_merge is not None else "mean" if calibration is None else "aligned"
     _check_choices(heads, kv_merge, calibration, plan, repair)
+    _check_budget(hq, hkv, calibration)
     inputs = _inputs(model, args, kwargs)
     if inputs is None and calibration is not None:
         batches = iter(calibration)
@@ -163,6 +166,11 @@ def _convert(
             "calibrate",
             lambda: calibrate(captured, analysis, calibration, spool, gradients, kv_merge == "aligned", loss),
         )
+        share = budget_share(hq)
+        if share is not None:
+            inputs = next(iter(spool)).inputs
+            sites, module = analysis.sites, captured.graph_module
+            hq = timings.timed("budget", lambda: allot(module, sites, evidence.statistics, share, inputs))
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, heads, kv_merge, evidence=evidence))
         plans = _named(plans, analysis)
         rotations, matrices = evidence.all_rotations(analysis.sites, plans)
@@ -358,6 +366,17 @@ def _check_choices(
             raise InputError(f"{what} needs calibration=, an iterable of batches of model inputs")
     elif plan is not None:
         raise InputError("a plan holds what its own calibration gave: pass either plan= or calibration=")
+
+
+def _check_budget(hq: Request, hkv: Request, calibration: Iterable[Any] | None) -> None:
+    if budget_share(hq) is None:
+        return
+    if calibration is None:
+        raise InputError(f"hq={hq!r} spends a budget where heads matter most, which needs calibration= to tell")
+    if hkv is not None:
+        raise InputError(
+            f"hq={hq!r} decides on KV heads too (one for each query head where there were): leave hkv= out"
+        )
 
 
 def _inputs(
