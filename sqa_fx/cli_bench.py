@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+from torch.export import ExportedProgram
+
+from sqa_fx.api import convert
+from sqa_fx.attention_flops import attention_flops
+from sqa_fx.attention_time import measure_attention
 from sqa_fx.bench import BenchReport
 from sqa_fx.bench_report import write_html, write_markdown
 from sqa_fx.cuda_graph_runner import CudaGraphs
 from sqa_fx.errors import InputError
+from sqa_fx.ideal import site_times, with_ideal
+from sqa_fx.inputs import Inputs
 from sqa_fx.latency_plot import plot_latency, require_matplotlib
+from sqa_fx.module import ConvertedModule
 from sqa_fx.runners import Runner
 
 
@@ -26,6 +35,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="also measure eager and compiled artifacts as CUDA graphs"
+    )
+    parser.add_argument(
+        "--ideal",
+        action="store_true",
+        help="time the attention of the first artifact alone, and say which share of the speed-up that the dropped "
+        "heads allow the other models reached (conversions and .pt2 files of torch.export)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies into this .png")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write picture, table and data as one .html")
@@ -69,6 +84,40 @@ def with_cuda_graphs(runners: Sequence[Runner], wanted: bool) -> list[Runner]:
         if runner.kind in ("eager", "compiled"):
             found.append(CudaGraphs(runner, clone_outputs=False))
     return found
+
+
+def ideal_shares(
+    report: BenchReport,
+    baseline: object,
+    others: Mapping[str, object],
+    sets: Sequence[Inputs],
+    iterations: int,
+) -> BenchReport:
+    """The report with the share of the ideal speed-up that each of ``others`` (by runner) reached over ``baseline``,
+    and with the attention TFLOP/s of all of them.
+
+    Raises InputError when the baseline is no model, or no other artifact is a captured graph, and what `site_times`
+    raises.
+    """
+    graphs = {name: m for name, m in others.items() if isinstance(m, ConvertedModule | ExportedProgram)}
+    if not isinstance(baseline, nn.Module | ExportedProgram) or not graphs:
+        raise InputError(
+            "--ideal compares conversions (folders of `sqa-fx convert`) or .pt2 files with a model, which comes first"
+        )
+    labels = list(dict.fromkeys(row.label for row in report.rows))
+    sites, measured = {}, {}
+    for label, inputs in zip(labels, sets, strict=True):
+        graph = baseline
+        if not isinstance(graph, ConvertedModule | ExportedProgram):
+            # With every head kept it is the model's own graph.
+            graph = convert(graph, hq=1.0, args=inputs[0], kwargs=inputs[1], dynamic_shapes=None, verify=False)
+        if not isinstance(graph, ConvertedModule | ExportedProgram):
+            raise InputError("--ideal: torch.export does not take the whole baseline, so its attention cannot be timed")
+        for name, other in {report.rows[0].runner: graph, **graphs}.items():
+            measured[name, label] = attention_flops(other, inputs), measure_attention(other, inputs, iterations)
+        for name, other in graphs.items():
+            sites[name, label] = site_times(graph, other, inputs, iterations)
+    return with_ideal(report.with_attention(measured), sites)
 
 
 def write_files(report: BenchReport, options: argparse.Namespace) -> None:

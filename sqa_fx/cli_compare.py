@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from sqa_fx.bench import bench
-from sqa_fx.cli_bench import check_files, with_cuda_graphs, write_files
+from sqa_fx.cli_bench import check_files, ideal_shares, with_cuda_graphs, write_files
 from sqa_fx.cli_values import as_module, input_sets, to_json
 from sqa_fx.divergence import Divergence, first_divergent_site, onnx_engine
 from sqa_fx.errors import InputError, MissingError, SqaError
@@ -140,8 +140,9 @@ def run_bench(options: argparse.Namespace) -> int:
     artifacts = [read_artifact(text) for text in options.artifacts]
     check_files(options)
     sets = [_moved(inputs, options.device) for inputs in _inputs(artifacts, options)]
+    runners = _runners(artifacts, options.device)
     report = bench(
-        with_cuda_graphs(_runners(artifacts, options.device), options.cuda_graphs),
+        with_cuda_graphs(runners, options.cuda_graphs),
         sets,
         warmup=options.warmup,
         max_warmup=options.max_warmup,
@@ -150,6 +151,10 @@ def run_bench(options: argparse.Namespace) -> int:
         labels=_labels(sets),
         progress=sys.stderr.isatty(),
     )
+    if options.ideal:
+        models = [artifact.loaded.module if artifact.loaded is not None else None for artifact in artifacts]
+        others = {runner.name: model for runner, model in zip(runners[1:], models[1:], strict=True)}
+        report = ideal_shares(report, models[0], others, sets, options.iterations)
     write_files(report, options)
     print(to_json(report.to_json()) if options.json else report.table())
     return 0

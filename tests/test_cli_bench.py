@@ -97,3 +97,29 @@ def test_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingError):
         with_cuda_graphs([eager], True)
+
+
+def test_ideal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The table says what the dropped heads allow; without a conversion to judge, the command says what it needs."""
+    (tmp_path / "ideal_model.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n"
+        "    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)\n"
+        "    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()\n"
+        "    return model, (torch.randn(2, 37, 32),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert main(["convert", "ideal_model:make", "--hq", "2", "--static", "-o", "half"]) == 0
+    capsys.readouterr()
+    assert main(["bench", "ideal_model:make", "half", *SHORT, "--ideal", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (entry,) = report["ideal"]
+    # 4 FLOPs for each of 2 batches, heads of 8, 37 x 37 scores.
+    assert [row["attention_flops"] for row in report["rows"]] == [4 * 2 * h * 37 * 37 * 8 for h in (4, 2)]
+    assert all(row["attention_tflops"] > 0 for row in report["rows"])
+    assert entry["runner"] == "half"
+    assert 1 < entry["ideal_speedup"] < 2
+    assert entry["share"] > 0
+    assert main(["bench", "ideal_model:make", "ideal_model:make", *SHORT, "--ideal"]) == 2
+    assert "--ideal compares conversions" in capsys.readouterr().err
