@@ -2,6 +2,9 @@
 
 from sqa_fx.api import convert, inspect
 from sqa_fx.backend import backend
+from sqa_fx.checkpoint import CheckpointReport, convert_checkpoint
+from sqa_fx.checkpoint_journal import verify_checkpoint
+from sqa_fx.checkpoint_plan import plan
 from sqa_fx.compiled_plans import compiled_graphs, last_plan
 from sqa_fx.errors import SqaError
 from sqa_fx.evaluate import Evaluation, evaluate
@@ -18,6 +21,7 @@ from sqa_fx.version import __version__
 
 __all__ = [
     "Artifact",
+    "CheckpointReport",
     "ConvertedModule",
     "Evaluation",
     "HealOptions",
@@ -30,6 +34,7 @@ __all__ = [
     "backend",
     "compiled_graphs",
     "convert",
+    "convert_checkpoint",
     "convert_for_generation",
     "evaluate",
     "export",
@@ -37,4 +42,6 @@ __all__ = [
     "inspect",
     "last_plan",
     "load",
+    "plan",
+    "verify_checkpoint",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sqa_fx import cli_bench, cli_compare, cli_convert, cli_heal
+from sqa_fx import cli_bench, cli_checkpoint, cli_compare, cli_convert, cli_heal
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.inputs import SPEC_GRAMMAR
 from sqa_fx.models import FORMS
@@ -62,6 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--save-plan", type=Path, metavar="FILE", help="also write the plan as JSON")
     convert.set_defaults(run=cli_convert.run_convert)
 
+    plan = commands.add_parser("plan", help="make a plan from a config.json; no weights are loaded")
+    cli_checkpoint.add_plan(plan)
+    plan.set_defaults(run=cli_checkpoint.run_plan)
+
+    checkpoint = commands.add_parser(
+        "convert-checkpoint", help="convert a safetensors checkpoint shard by shard, also one larger than memory"
+    )
+    cli_checkpoint.add_convert(checkpoint)
+    checkpoint.set_defaults(run=cli_checkpoint.run_convert)
+
     export = commands.add_parser(
         "export", help="write a model for an engine, converted first if --hq, --hkv or --plan says so"
     )
@@ -96,9 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--timeout", type=float, default=120.0, help="seconds for each probe (default: 120)")
     doctor.set_defaults(run=run_doctor)
 
-    for command in (inspect, convert, export, bench, heal):
+    for command in (inspect, convert, plan, checkpoint, export, bench, heal):
         command.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
-    for command in (inspect, convert, export, validate, bench, heal, evaluate, doctor):
+    for command in (inspect, convert, plan, checkpoint, export, validate, bench, heal, evaluate, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,0 +1,122 @@
+"""The subcommands for models that do not fit into memory: plan, convert-checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import sqa_fx
+from sqa_fx.checkpoint import convert_checkpoint, convert_files, request_of
+from sqa_fx.checkpoint_plan import Planned, planned
+from sqa_fx.cli_convert import add_request
+from sqa_fx.cli_values import head_choice, request, to_json
+from sqa_fx.errors import InputError
+from sqa_fx.inputs import parse_input_spec
+from sqa_fx.progress import hidden
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """How many heads remain, and which."""
+    add_request(parser)
+    parser.add_argument("--heads", metavar="CHOICE", help="weights (default), first, or a JSON file of lists by site")
+    parser.add_argument("--kv-merge", choices=("mean", "select"), help="how KV heads become one (default: mean)")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="SPEC", help="name:dtype[shape], where the config does not tell"
+    )
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``sqa-fx plan``."""
+    parser.add_argument("model", type=Path, metavar="CONFIG", help="a config.json, or the directory that holds it")
+    add_choices(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan to write (JSON)")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``sqa-fx convert-checkpoint``."""
+    parser.add_argument("checkpoint", type=Path, metavar="IN_DIR", help="a directory of safetensors; it is only read")
+    parser.add_argument("output", type=Path, metavar="OUT_DIR", help="the directory to make")
+    add_choices(parser)
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this saved plan instead of --hq and --hkv")
+    parser.add_argument("--jobs", type=int, metavar="N", help="shards written at a time (default: 4, at most the CPUs)")
+    parser.add_argument("--no-verify", action="store_true", help="do not read every shard again to compare its SHA-256")
+    parser.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT_DIR.partial")
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """``sqa-fx plan``: make a plan from a config, and weights that stay on the disk."""
+    if options.output.exists() and not options.overwrite:
+        raise InputError(f"{options.output} exists: choose another path, or pass --overwrite")
+    made = planned(options.model, **_choices(options))
+    made.plan.save(options.output, overwrite=options.overwrite)
+    sites = made.plan.sites
+    if options.json:
+        print(to_json({"output": str(options.output), "sites": len(sites), "notes": list(made.notes)}))
+        return 0
+    for site in sites:
+        print(f"{site.name}: {site.heads}/{site.kv_heads} -> {site.hq}/{site.hkv} heads")
+    print(*(f"note: {note}" for note in made.notes), f"saved to {options.output}", sep="\n")
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """``sqa-fx convert-checkpoint``: cut a checkpoint shard by shard."""
+    with tqdm(unit="B", unit_scale=True, file=sys.stderr, disable=hidden(), leave=False) as bar:
+
+        def progress(written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written - bar.n)
+
+        common: dict[str, Any] = {
+            "jobs": options.jobs,
+            "verify": not options.no_verify,
+            "overwrite": options.overwrite,
+            "restart": options.restart,
+            "on_bytes": progress,
+        }
+        if options.plan is not None:
+            if options.hq or options.hkv or options.heads or options.kv_merge or options.input:
+                raise InputError("--plan holds every choice: leave out --hq, --hkv, --heads, --kv-merge and --input")
+            loaded = sqa_fx.Plan.load(options.plan)
+            report = convert_checkpoint(options.checkpoint, options.output, plan=loaded, **common)
+        else:
+            choices = _choices(options)
+            report = convert_files(
+                options.checkpoint,
+                options.output,
+                request_of(**choices),
+                lambda: _in_a_process(options.checkpoint, choices),
+                **common,
+            )
+    print(to_json(report.to_json()) if options.json else f"{report.table()}\nwritten to {report.directory}")
+    return 0
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    if not (options.hq or options.hkv):
+        raise InputError("say how many heads are to remain: --hq, --hkv" + (" or --plan" * hasattr(options, "plan")))
+    inputs = dict(parse_input_spec(text) for text in options.input)
+    return {
+        "hq": request(options.hq, "--hq"),
+        "hkv": request(options.hkv, "--hkv"),
+        "heads": head_choice(options.heads) if options.heads else None,
+        "kv_merge": options.kv_merge or "mean",
+        "allow_inexact": options.allow_inexact,
+        "kwargs": inputs,
+    }
+
+
+def _in_a_process(checkpoint: Path, choices: dict[str, Any]) -> Planned:
+    """The plan, made in a process of its own, whose memory is free again when the shards are written."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_planned, checkpoint, choices).result()
+
+
+def _planned(checkpoint: Path, choices: dict[str, Any]) -> Planned:
+    return planned(checkpoint, **choices)
