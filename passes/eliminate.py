@@ -45,9 +45,8 @@ class _Fit:
         sizes = [self.heads[h].numel() for h in self.kept]
         position = self.kept.index(head)
         start = sum(sizes[:position])
-        own = torch.arange(start, start + sizes[position])
-        rest = torch.cat([torch.arange(start), torch.arange(start + sizes[position], sum(sizes))])
-        return own, rest
+        every = torch.arange(sum(sizes), device=self.moments.device)
+        return every[start : start + sizes[position]], torch.cat([every[:start], every[start + sizes[position] :]])
 
     def cost(self, head: int) -> float:
         """By how much the squared error rises when ``head`` goes: tr(A_h P_hh^-1 A_h^T)."""
@@ -70,7 +69,7 @@ class _Fit:
     def gain(self, head: int) -> float:
         """By how much the squared error falls when ``head`` comes."""
         own = self.heads[head]
-        columns = torch.cat([self.heads[h] for h in self.kept])
+        columns = torch.cat([own[:0], *(self.heads[h] for h in self.kept)])
         between = self.moments[columns][:, own]
         schur = self.moments[own][:, own] - between.T @ self.inverse @ between
         missing = self.target[:, own] - self.coefficients @ between
@@ -93,9 +92,10 @@ def eliminate(
     groups = groups or [list(range(len(heads)))]
     group_of = {h: i for i, group in enumerate(groups) for h in group}
     share = count // len(groups)
-    weight, moments = weight.double(), moments.double()
+    moments = moments.double()
+    weight, heads = weight.to(moments), [h.to(moments.device) for h in heads]
     total = float(((weight @ moments) * weight).sum())
-    moments = moments + RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype).to(moments)
+    moments = moments + RIDGE * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
     scale = max(total, 1e-300)
     fit = _Fit(weight, moments, heads, sorted(group_of))
     error = 0.0
@@ -118,19 +118,17 @@ def _lowest(costs: dict[int, float], tie_break: Tensor | None) -> int:
 
 
 def _swapped(fit: _Fit, error: float, group_of: dict[int, int], scale: float) -> tuple[list[int], float]:
-    """Swap as long as the error falls."""
+    """Swap as long as the error falls by more than the ridge can account for."""
     while True:
         best: tuple[float, int, int] | None = None
         for gone in fit.kept:
             cost = fit.cost(gone)
             rest = fit.without(gone)
-            if not rest.kept:
-                continue
             for come in (h for h, g in group_of.items() if h not in fit.kept and g == group_of[gone]):
                 change = cost - rest.gain(come)
                 if best is None or change < best[0]:
                     best = change, gone, come
-        if best is None or best[0] > -1e-9 * scale:
+        if best is None or best[0] > -RIDGE * scale:
             return fit.kept, error
         change, gone, come = best
         kept = [h for h in fit.kept if h != gone] + [come]

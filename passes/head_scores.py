@@ -26,10 +26,10 @@ def data_scores(own: SiteStatistics, how: str) -> Tensor:
         return own.norms / max(own.output.count, 1)
     if how in GRADIENT_SCORES:
         return (own.taylor if how == "taylor" else own.fisher) / max(own.samples, 1)
-    centred = own.output.centred().cpu() / max(own.output.count, 1)
-    weight = own.weight.double().cpu()
+    centred = own.output.centred() / max(own.output.count, 1)
+    weight = own.weight.to(centred)
     found = []
-    for columns in own.projection.heads:
+    for columns in (c.to(centred.device) for c in own.projection.heads):
         block = centred[columns][:, columns]
         part = weight[:, columns]
         if how == "wifv":
@@ -38,4 +38,4 @@ def data_scores(own: SiteStatistics, how: str) -> Tensor:
             found.append(((part @ block) * part).sum())
         else:
             raise ValueError(f"no score {how!r}")
-    return torch.stack(found)
+    return torch.stack(found).cpu()

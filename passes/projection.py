@@ -14,18 +14,18 @@ from torch import Tensor, fx
 
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.graph import attribute
-from sqa_fx.passes.hints import is_tensor, shape_of
-from sqa_fx.passes.ops import Aligned, Move, Operand, step
+from sqa_fx.passes.hints import concrete, is_tensor, shape_of
+from sqa_fx.passes.ops import Aligned, Move, Operand, argument, step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """``node`` multiplies ``activation`` with the parameter ``weight``.
 
     ``index`` [out, in] tells, for every element of the matrix, which element of the flattened parameter it is.
     ``inner`` are the dimensions of the activation that are contracted, in the order of the matrix's columns;
-    ``outer`` those of the node that the matrix's rows make. ``bias`` is the parameter that is added to the rows, and
-    ``bias_index`` [out] its elements.
+    ``outer`` those of the node that the matrix's rows make, ``rest`` the node's others in the order in which the
+    activation has them. ``bias`` is the parameter that is added to the rows, and ``bias_index`` [out] its elements.
     """
 
     node: fx.Node
@@ -34,16 +34,18 @@ class Projection:
     index: Tensor
     inner: tuple[int, ...]
     outer: tuple[int, ...]
+    rest: tuple[int, ...]
     bias: str | None = None
     bias_index: Tensor | None = None
 
     def rows_in(self, value: Tensor) -> Tensor:
         """The activation as a matrix x [n, in]; n runs over its other dimensions in order."""
-        return _matrix(value, self.inner)
+        rest = [d for d in range(value.dim()) if d not in self.inner]
+        return value.permute(*rest, *self.inner).reshape(-1, self.index.size(1))
 
     def rows_out(self, value: Tensor) -> Tensor:
-        """The node's value as a matrix y [n, out]."""
-        return _matrix(value, self.outer)
+        """The node's value as a matrix y [n, out], n as in `rows_in`."""
+        return value.permute(*self.rest, *self.outer).reshape(-1, self.index.size(0))
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """W [out, in] of the parameter's tensor."""
@@ -61,14 +63,6 @@ class Projection:
         for size in shape[axis + 1 :]:
             stride *= size
         return self.index // stride % shape[axis]
-
-
-def _matrix(value: Tensor, columns: Sequence[int]) -> Tensor:
-    rest = [d for d in range(value.dim()) if d not in columns]
-    width = 1
-    for d in columns:
-        width *= value.shape[d]
-    return value.permute(*rest, *columns).reshape(-1, width)
 
 
 def projection(module: fx.GraphModule, node: fx.Node) -> Projection | None:
@@ -101,8 +95,8 @@ def _projection(
     spare = [i for i in range(len(weight.dims)) if i not in order]
     if any(index.size(i) != 1 for i in spare):
         return None
-    # What the activation contracts by itself (the spatial dimensions of a convolution) must be what it seems.
-    if any(d is None or (d < 0 and d not in inner and d > -10) for d in data.dims):
+    rest = _rest(node, data, inner)
+    if rest is None or sorted((*rest, *outer)) != list(range(len(shape_of(node)))):
         return None
     columns = 1
     for d in inner:
@@ -117,9 +111,26 @@ def _projection(
         if moved is None or [d for d in operand.dims if d is not None] != outer or moved[1].numel() != matrix.size(0):
             return None
         bias, bias_index = moved[0], moved[1].reshape(-1)
-    return Projection(
-        node, data.node, name, matrix, tuple(data.dims.index(d) for d in inner), tuple(outer), bias, bias_index
-    )
+    columns_of = tuple(data.dims.index(d) for d in inner)
+    return Projection(node, data.node, name, matrix, columns_of, tuple(outer), rest, bias, bias_index)
+
+
+def _rest(node: fx.Node, data: Operand, inner: Sequence[int]) -> tuple[int, ...] | None:
+    """The dimensions of ``node`` that those of the activation become, without the contracted ones; None when one does
+    not come out as it went in (a convolution that strides or pads)."""
+    found: list[int] = []
+    for size, d in zip(shape_of(data.node), data.dims, strict=True):
+        if d in inner:
+            continue
+        if d is None or -10 < d < 0:
+            return None
+        # The spatial dimensions of a convolution have numbers of their own, see ops.
+        found.append(d if d >= 0 else 2 - 10 - d)
+        if shape_of(node)[found[-1]] != size:
+            return None
+        if d < 0 and any(int(n) != 1 for n in concrete(argument(node, "stride"))):
+            return None
+    return tuple(found)
 
 
 def moved_parameter(module: fx.GraphModule, node: fx.Node) -> tuple[str, Tensor] | None:

@@ -55,16 +55,17 @@ class Structure:
 
 def structures(size: int) -> list[Structure]:
     """Candidates for heads of ``size`` channels, the freest first: any rotation; frequency pairs in halves
-    (i, i + r/2) or side by side (2i, 2i + 1), over all channels or the first r of them (partial rotary embedding),
-    the rest free."""
+    (i, i + r/2) or side by side (2i, 2i + 1), over the first r channels (partial rotary embedding: a quarter, two
+    fifths or half of them) with the rest free, or over all."""
     found = [Structure("any", tuple(range(size)))]
-    for rotary in (size, size // 2, size // 4):
+    for rotary in dict.fromkeys((size // 4, 2 * size // 5, size // 2, size)):
         if rotary < 2 or rotary % 2:
             continue
         rest = tuple(range(rotary, size))
         half = rotary // 2
         found.append(Structure(f"halves of {rotary}", rest, tuple((i, i + half) for i in range(half))))
-        found.append(Structure(f"neighbours in {rotary}", rest, tuple((2 * i, 2 * i + 1) for i in range(half))))
+        if half > 1:
+            found.append(Structure(f"neighbours in {rotary}", rest, tuple((2 * i, 2 * i + 1) for i in range(half))))
     return found
 
 
@@ -79,6 +80,12 @@ def rotated(tensor: Tensor, rotations: Sequence[Rotation], matrices: Mapping[str
             )
         entries = torch.tensor(from_ranges(rotation.entries), device=tensor.device)
         turn = matrices[rotation.matrix].to(new)
+        length = tensor.shape[rotation.axis] if rotation.axis < tensor.dim() else 0
+        if turn.shape != (len(entries), len(entries)) or len(entries) == 0 or int(entries.max()) >= length:
+            raise PlanError(
+                f"rotation {rotation.matrix!r} does not fit entries {', '.join(rotation.entries)} of "
+                f"{rotation.parameter} {list(tensor.shape)}: it is {list(turn.shape)}"
+            )
         own = new.index_select(rotation.axis, entries).movedim(rotation.axis, -1) @ turn
         new = new.index_copy(rotation.axis, entries, own.movedim(-1, rotation.axis))
     return new.to(tensor.dtype)

@@ -15,7 +15,7 @@ from sqa_fx.passes.site import LeafUse, Site
 from sqa_fx.plan import Ranges, to_ranges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadProjection:
     """A projection and, for each head in canonical order, its columns (output projection) or rows (keys, values)."""
 
