@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -36,6 +36,7 @@ class Source:
     def __init__(self, path: str | os.PathLike[str], data_start: int) -> None:
         self._path, self._data_start = path, data_start
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._buffer = bytearray(0)
 
     def close(self) -> None:
@@ -105,12 +106,18 @@ class TensorCut:
                 for part in _parts(self.parameter, max(1, CHUNK // width)):
                     self._rows(source, start, dtype, width, part, sink)
             return
-        along = replace(self.parameter, axis=1)
+        parts = list(_parts(self.parameter, entries))
         step = CHUNK // row
         for at in range(0, outer, step):
             count = min(step, outer - at)
-            flat = source.tensor(entry.start + at * row, count * row, dtype)
-            _put(_cut(flat.view(count, entries, -1), along), sink)
+            piece = source.tensor(entry.start + at * row, count * row, dtype).view(count, entries, -1)
+            made = piece.new_empty(count, self.parameter.size[1], piece.shape[2])
+            to = 0
+            for part in parts:
+                own = _mean([piece[:, a:b] for a, b in part])
+                made[:, to : to + own.shape[1]] = own
+                to += own.shape[1]
+            _put(made, sink)
 
     def _rows(
         self, source: Source, start: int, dtype: torch.dtype, width: int, part: Sequence[tuple[int, int]], sink: Sink
@@ -176,17 +183,9 @@ def _parts(parameter: ParameterPlan, most: int) -> Iterator[list[tuple[int, int]
         at = stop
 
 
-def _cut(tensor: Tensor, parameter: ParameterPlan) -> Tensor:
-    """cut_tensor, for dtypes too that torch cannot index."""
-    if tensor.dtype not in _FLOAT8:
-        return cut_tensor(tensor, parameter)
-    if all(len(block.sources) == 1 for block in parameter.blocks):
-        return cut_tensor(tensor.view(torch.uint8), parameter).view(tensor.dtype)
-    return cut_tensor(tensor.to(torch.float64), parameter).to(tensor.dtype)
-
-
 def _mean(parts: Sequence[Tensor]) -> Tensor:
-    if parts[0].dtype not in _FLOAT8:
+    """As cut_tensor averages, and for 8-bit floats too, which torch does not promote."""
+    if len(parts) == 1 or parts[0].dtype not in _FLOAT8:
         return mean(parts)
     return mean([p.to(torch.float64) for p in parts]).to(parts[0].dtype)
 

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,17 @@ from sqa_fx.checkpoint_journal import (
 from sqa_fx.checkpoint_layout import CheckpointFiles
 from sqa_fx.checkpoint_names import check_entry, check_scales, match_names
 from sqa_fx.checkpoint_plan import Planned
-from sqa_fx.checkpoint_shard import TEMPORARY, FileFacts, Stopped, file_facts, shard_bytes, write_error, write_shard
+from sqa_fx.checkpoint_shard import (
+    TEMPORARY,
+    FileFacts,
+    Stopped,
+    file_facts,
+    finish_shard,
+    shard_bytes,
+    temporary_name,
+    write_error,
+    write_shard,
+)
 from sqa_fx.errors import InputError, PlanError
 from sqa_fx.plan import Plan
 
@@ -188,30 +198,56 @@ def write_shards(
     def write(name: str) -> FileFacts:
         header = files.shards[name]
         own = {e.name: cuts[e.name] for e in header.entries if e.name in cuts}
-        facts = write_shard(files.directory / name, header, own, folder / name, stop=stop, written=count, verify=verify)
+        facts = write_shard(files.directory / name, header, own, folder / name, stop=stop, written=count)
         status = (files.directory / name).stat()
         known = record.inputs[name]
         if status.st_size != known["bytes"] or status.st_mtime_ns != known.get("mtime_ns", status.st_mtime_ns):
+            temporary_name(folder / name).unlink()
             raise InputError(f"{files.directory / name} changed while it was read: run again when it is at rest")
         return facts
 
+    def finish(name: str, facts: FileFacts) -> FileFacts:
+        finish_shard(folder / name, facts, verify)
+        return facts
+
     count(0)
-    with ThreadPoolExecutor(jobs, thread_name_prefix="sqa-fx-shard") as pool:
-        running = {pool.submit(write, name): name for name in todo}
+    # The disk takes one shard in while the next one is read and cut.
+    with ThreadPoolExecutor(jobs, "sqa-fx-write") as writers, ThreadPoolExecutor(jobs, "sqa-fx-finish") as finishers:
+        writing = {writers.submit(write, name): name for name in todo}
+        finishing: dict[Future[FileFacts], str] = {}
         try:
-            for future in as_completed(running):
-                done[running[future]] = future.result()
-                record = replace(record, files=done)
-                write_durably(folder / JOURNAL, record.to_bytes())
+            while writing or finishing:
+                for future in wait([*writing, *finishing], return_when=FIRST_COMPLETED).done:
+                    if future in writing:
+                        name = writing.pop(future)
+                        finishing[finishers.submit(finish, name, future.result())] = name
+                    else:
+                        done[finishing.pop(future)] = future.result()
+                        record = replace(record, files=done)
+                        write_durably(folder / JOURNAL, record.to_bytes())
         except BaseException as error:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            failures = [f.exception() for f in running if f.done() and not f.cancelled()]
-            first = next((e for e in failures if e is not None and not isinstance(e, Stopped)), None)
-            if isinstance(error, Stopped) and first is not None:
-                raise first from None
-            raise
+            writers.shutdown(cancel_futures=True)
+            finishers.shutdown()
+            whole = {name: f.result() for f, name in finishing.items() if f.exception() is None}
+            if whole:
+                with contextlib.suppress(InputError):  # what stopped us is said, not that it stops this too
+                    write_durably(folder / JOURNAL, replace(record, files={**done, **whole}).to_bytes())
+            for name in todo:
+                temporary_name(folder / name).unlink(missing_ok=True)
+            cause = _cause(error, [*writing, *finishing])
+            if cause is error:
+                raise
+            raise cause from None
     return replace(record, files=done), len(files.shards) - len(todo)
+
+
+def _cause(error: BaseException, others: Sequence[Future[FileFacts]]) -> BaseException:
+    """What stopped the others, when ``error`` is only that one was stopped."""
+    if not isinstance(error, Stopped):
+        return error
+    failures = [future.exception() for future in others if future.done() and not future.cancelled()]
+    return next((e for e in failures if e is not None and not isinstance(e, Stopped)), error)
 
 
 def _is_there(path: Path, facts: FileFacts) -> bool:

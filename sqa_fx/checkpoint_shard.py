@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sqa_fx.checkpoint_cut import CHUNK, Source, TensorCut
 from sqa_fx.checkpoint_format import Header, make_header
 from sqa_fx.errors import InputError
 
+_FLUSH = 64 * 2**20  # bytes after which the disk is given work, while the next ones are read and hashed
 TEMPORARY = ".tmp"
 """What the name of a file ends with until it is complete."""
 
@@ -41,6 +44,9 @@ class HashingFile:
         self._path, self._stop, self._written = path, stop, written
         self._hash = hashlib.sha256()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="sqa-fx-flush")
+        self._flushing: Future[None] | None = None
+        self._flushed = 0
         self.bytes = 0
 
     def write(self, data: memoryview) -> None:
@@ -52,16 +58,25 @@ class HashingFile:
         while at < len(data):
             at += os.write(self._file, data[at:])
         self.bytes += len(data)
+        if self.bytes - self._flushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
+            self._wait()
+            self._flushing = self._flusher.submit(os.fdatasync, self._file)
+            self._flushed = self.bytes
         self._written(len(data))
 
-    def finish(self) -> FileFacts:
-        """Bring everything to the disk."""
-        os.fsync(self._file)
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+
+    def facts(self) -> FileFacts:
+        """What was written so far."""
         return FileFacts(self.bytes, self._hash.hexdigest())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Raises OSError when what was written could not be brought to the disk."""
+        self._flusher.shutdown()
         os.close(self._file)
+        self._wait()
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -103,29 +118,54 @@ def write_shard(
     *,
     stop: threading.Event,
     written: Callable[[int], None] = lambda count: None,
-    verify: bool = True,
 ) -> FileFacts:
-    """Write the shard at ``source_path`` as ``target``, with the tensors in ``cuts`` cut and all others as they are.
+    """Write the shard at ``source_path`` under the temporary name of ``target``, with the tensors in ``cuts`` cut and
+    all others as they are; returns what was written. ``written`` is told of bytes as they are written.
 
-    The file has a temporary name until it is complete and on the disk; with ``verify`` it is read again, and must have
-    the size and the SHA-256 of what was written. ``written`` is told of bytes as they are written; ``stop`` gives up.
-
-    Raises InputError when the disk is full, the target cannot be written, the source cannot be read, or the file that
-    was written differs. Then there is no file under the temporary name either.
+    Raises InputError when the disk is full, the target cannot be written, or the source cannot be read; Stopped when
+    ``stop`` was set. Then there is no file under the temporary name either.
     """
-    temporary = target.with_name(target.name + TEMPORARY)
+    temporary = temporary_name(target)
     try:
         facts = _write(source_path, header, cuts, temporary, stop, written)
         if facts.bytes != shard_bytes(header, cuts):
             raise InputError(f"{temporary} has {facts.bytes} bytes instead of {shard_bytes(header, cuts)}")
+    except BaseException as error:
+        _forget(temporary)
+        if isinstance(error, OSError):
+            raise write_error(error, target, source_path) from error
+        raise
+    return facts
+
+
+def finish_shard(target: Path, facts: FileFacts, verify: bool = True) -> None:
+    """Bring what :func:`write_shard` wrote to the disk, and give it its name. With ``verify`` it is read again, and
+    must have the size and the SHA-256 of ``facts``.
+
+    Raises InputError when the disk is full or the file differs. Then there is no file under the temporary name either.
+    """
+    temporary = temporary_name(target)
+    try:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         if verify and file_facts(temporary) != facts:
             raise InputError(f"{temporary} is not what was written to it: check the disk, and run again")
         os.replace(temporary, target)
-    except OSError as error:
-        raise write_error(error, target, source_path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return facts
+    except BaseException as error:
+        _forget(temporary)
+        if isinstance(error, OSError):
+            raise write_error(error, target) from error
+        raise
+
+
+def temporary_name(target: Path) -> Path:
+    """The name of ``target`` until it is complete."""
+    return target.with_name(target.name + TEMPORARY)
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _write(
@@ -136,27 +176,23 @@ def _write(
     stop: threading.Event,
     written: Callable[[int], None],
 ) -> FileFacts:
-    source = Source(source_path, header.data_start)
-    try:
-        sink = HashingFile(temporary, stop, written)
-        try:
-            sink.write(memoryview(_new_header(header, cuts)))
-            untouched: list[int] = []  # first and last byte of tensors in a row that are copied together
-            for entry in header.entries:
-                if entry.name not in cuts:
-                    untouched = [untouched[0] if untouched else entry.start, entry.stop]
-                    continue
-                if untouched:
-                    source.copy(untouched[0], untouched[1] - untouched[0], sink)
-                    untouched = []
-                cuts[entry.name].write(source, entry, sink)
+    with (
+        contextlib.closing(Source(source_path, header.data_start)) as source,
+        contextlib.closing(HashingFile(temporary, stop, written)) as sink,
+    ):
+        sink.write(memoryview(_new_header(header, cuts)))
+        untouched: list[int] = []  # first and last byte of tensors in a row that are copied together
+        for entry in header.entries:
+            if entry.name not in cuts:
+                untouched = [untouched[0] if untouched else entry.start, entry.stop]
+                continue
             if untouched:
                 source.copy(untouched[0], untouched[1] - untouched[0], sink)
-            return sink.finish()
-        finally:
-            sink.close()
-    finally:
-        source.close()
+                untouched = []
+            cuts[entry.name].write(source, entry, sink)
+        if untouched:
+            source.copy(untouched[0], untouched[1] - untouched[0], sink)
+        return sink.facts()
 
 
 def write_error(error: OSError, target: Path, source: Path | None = None) -> InputError:
