@@ -3,7 +3,7 @@
     python examples/lm_quality.py [--part convert|scratch] [--seed 0] [--out STEM]
 
 ``convert`` trains the model with all heads, then converts it: every head choice with and without closed-form repair,
-KV heads averaged or aligned, and healing (KL on logits) with 5% of the training tokens, from the closed-form start and
+KV heads merged in every way, and healing (KL on logits) with 5% of the training tokens, from the closed-form start and
 from the naive one. ``scratch`` trains SQA models on the whole budget. Losses are nats per token on held-out files.
 Writes STEM.json and STEM.md after every row; several seeds are several runs.
 """
@@ -95,7 +95,7 @@ class Quality:
     def converted(self, base: nn.Module, variant: str, **how: Any) -> nn.Module:
         """A conversion of ``base``; ``how`` are options of sqa_fx.convert."""
         hq, hkv = VARIANTS[variant]
-        if how.get("heads", "reconstruct") not in ("first", "weights") or how.get("kv_merge") == "aligned":
+        if how.get("heads", "reconstruct") not in ("first", "weights") or how.get("kv_merge") in ("aligned", "joint"):
             how = {"calibration": self.calibration, "loss": next_token_loss, **how}
         elif how.get("repair") or "calibration" in how:
             how = {"calibration": self.calibration, **how}
@@ -128,10 +128,10 @@ def convert_part(quality: Quality) -> None:
         naive = quality.converted(base, variant, heads="weights", kv_merge="mean")
         quality.add(variant, "weights, mean", quality.loss(naive))
         plain = quality.converted(base, variant, repair=False)
-        quality.add(variant, "reconstruct, aligned", quality.loss(plain))
+        quality.add(variant, "reconstruct, joint", quality.loss(plain))
         best = quality.converted(base, variant, verify=True)
-        quality.add(variant, "reconstruct, aligned, repaired", quality.loss(best))
-        quality.heal(best, base, variant, "reconstruct, aligned, repaired")
+        quality.add(variant, "reconstruct, joint, repaired", quality.loss(best))
+        quality.heal(best, base, variant, "reconstruct, joint, repaired")
         quality.heal(naive, base, variant, "weights, mean")
     for variant in ("sSQA", "SQA"):
         for score in SCORES:
@@ -139,7 +139,7 @@ def convert_part(quality: Quality) -> None:
                 how: dict[str, Any] = {"heads": score, "kv_merge": "mean" if variant == "SQA" else None}
                 done = quality.converted(base, variant, **how, repair=repair)
                 quality.add(variant, f"{score}, mean" + (", repaired" if repair else ""), quality.loss(done))
-    for merge in ("select", "mean", "aligned"):
+    for merge in ("select", "mean", "aligned", "joint"):
         done = quality.converted(base, "SQA", heads="reconstruct", kv_merge=merge, repair=False)
         quality.add("SQA", f"reconstruct, {merge}", quality.loss(done))
     best = quality.converted(base, "SQA")
@@ -147,7 +147,7 @@ def convert_part(quality: Quality) -> None:
     def labels(student: Any, teacher: Any, batch: Any) -> Tensor:
         return next_token_loss(student, batch)
 
-    quality.heal(best, base, "SQA", "reconstruct, aligned, repaired, cross-entropy", labels)
+    quality.heal(best, base, "SQA", "reconstruct, joint, repaired, cross-entropy", labels)
 
 
 def scratch_part(quality: Quality) -> None:

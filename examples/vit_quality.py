@@ -144,13 +144,13 @@ def main() -> None:
         request: dict[str, Any] = {"hq": hq, "hkv": hkv, "args": (calibration[0],)}
         add(variant, "weights, mean", sqa_fx.convert(model, **request))
         data: dict[str, Any] = {"calibration": calibration}
-        add(variant, "reconstruct, aligned", sqa_fx.convert(model, **request, **data, repair=False, verify=False))
+        add(variant, "reconstruct, joint", sqa_fx.convert(model, **request, **data, repair=False, verify=False))
         best = sqa_fx.convert(model, **request, **data)
-        add(variant, "reconstruct, aligned, repaired", best)
+        add(variant, "reconstruct, joint, repaired", best)
         steps = options.heal_steps
         batches = [next(feed)[0] for _ in range(steps)]
         sqa_fx.heal(best, model, batches, loss="kl", steps=steps, lr=3e-4, warmup=max(1, steps // 10), progress=False)
-        add(variant, "reconstruct, aligned, repaired, healed", best)
+        add(variant, "reconstruct, joint, repaired, healed", best)
 
 
 if __name__ == "__main__":

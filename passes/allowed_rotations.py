@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +14,8 @@ from sqa_fx.passes.site_projections import head_ranges, output_projection
 from sqa_fx.passes.verify import TOLERANCE, MaskedRun, distance
 from sqa_fx.plan import Rotation, from_ranges
 
-KEYS, VALUES = ("q", "k"), ("v", "o")
-"""The roles whose parameters turn together."""
+KEYS, VALUES = ("q", "k"), ("o", "v")
+"""The roles whose parameters turn together: what reads a head, and the head."""
 
 
 def rotations_of(
@@ -52,8 +53,9 @@ def _width(site: Site, roles: Sequence[str]) -> int | None:
 def allowed_rotations(
     module: fx.GraphModule, sites: Sequence[Site], roles: Sequence[str], inputs: Sequence[object]
 ) -> dict[str, Structure]:
-    """For every site that allows any: the freest structure under which random rotations of its heads leave its output
-    as it is, in float64, on ``inputs``. Every site is judged on the original's inputs to it.
+    """For every site that allows any: the freest structure under which random maps of its heads leave its output as it
+    is when what reads the heads undoes them, in float64, on ``inputs``; rotations where no others are allowed. Every
+    site is judged on the original's inputs to it.
     """
     shared: dict[fx.Node, int] = {}
     for site in sites:
@@ -74,15 +76,18 @@ def allowed_rotations(
         plain.run(*inputs, enable_io_processing=False)
     generator = torch.Generator().manual_seed(0)
     size = max(widths.values())
-    for attempt in range(len(structures(size))):
-        if roles == VALUES and attempt:
-            break  # nothing lies between values and output that pairs could commute with and others could not
+    # Nothing lies between values and output that pairs could commute with and others could not.
+    count = 1 if roles == VALUES else len(structures(size))
+    for linear, attempt in [(linear, attempt) for linear in (True, False) for attempt in range(count)]:
         turned: dict[str, Tensor] = {}
         for site in left:
             structure = _candidate(widths[site.name], attempt)
             if structure is not None:
-                turns = {g: structure.random(widths[site.name], generator) for g in range(site.kv_heads)}
-                turned |= turned_weights(module, *rotations_of(site, roles, turns), wide=True)
+                maker = structure.stretched if linear else structure.random
+                turns = {g: maker(widths[site.name], generator) for g in range(site.kv_heads)}
+                undone = {g: torch.linalg.inv(turn).T for g, turn in turns.items()}
+                reader, read = rotations_of(site, roles[:1], undone), rotations_of(site, roles[1:], turns)
+                turned |= turned_weights(module, [*reader[0], *read[0]], {**reader[1], **read[1]}, wide=True)
         run = MaskedRun(module, turned, True, set(outputs.values()))
         run.replaced = plain.seen
         with torch.no_grad():
@@ -91,7 +96,7 @@ def allowed_rotations(
             structure = _candidate(widths[site.name], attempt)
             name = outputs[site.name]
             if structure is not None and distance(plain.seen[name], run.seen[name]) <= TOLERANCE[torch.float64]:
-                found[site.name] = structure
+                found[site.name] = replace(structure, linear=linear)
                 left.remove(site)
         if not left:
             break

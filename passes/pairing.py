@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sqa_fx.passes.joint_heads import JointMaps, joint_maps
 from sqa_fx.passes.rotation import Structure
 
 
@@ -39,6 +40,12 @@ class Likeness:
         own = float(self.block(a, a).trace() + self.block(b, b).trace())
         shared = float((self.turn(cross) * cross).sum())
         return (own - 2 * shared) / own if own > 0 else 0.0
+
+    def joint(self, group: Sequence[int], metrics: Sequence[Tensor]) -> JointMaps:
+        """The maps of the heads of a group onto the one head that tells most about them, and back."""
+        assert self.structure is not None
+        second = [[self.block(a, b) for b in group] for a in group]
+        return joint_maps(second, metrics, self.structure)
 
     def turns(self, group: Sequence[int], rounds: int = 3) -> dict[int, Tensor]:
         """For every head of a group the rotation that lays it on the mean of the group (generalised Procrustes: the

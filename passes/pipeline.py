@@ -26,7 +26,7 @@ from sqa_fx.passes.simplify import simplify
 from sqa_fx.passes.site import Refusal, Refused, Site
 from sqa_fx.passes.statistics import SiteStatistics
 from sqa_fx.plan import Plan, SitePlan
-from sqa_fx.request import WITHOUT_DATA, HeadChoice, Request, check_patterns, resolve, rounding
+from sqa_fx.request import MERGED_BY_DATA, WITHOUT_DATA, HeadChoice, Request, check_patterns, resolve, rounding
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -143,13 +143,13 @@ def make_plan(
                 continue
             own = scores if scores is None or len(scores) == site.heads else weight_scores(analysis.facts.module, site)
             merge, distances = kv_merge, None
-            if evidence is not None and kv_merge == "aligned":
-                distances = evidence.distances(site)
-            if merge == "aligned" and distances is None:
-                merge = "select"
-                if numbers[1] < site.kv_heads:
+            merged = site.kv_heads if site.kv_heads < site.heads else max(numbers)
+            if merge in MERGED_BY_DATA and numbers[1] < merged:
+                distances = evidence.distances(site, merge) if evidence is not None else None
+                if distances is None:
+                    merge = "select"
                     analysis.notes.append(
-                        f"site {site.name!r}: its KV heads cannot be turned, so the best ones are kept"
+                        f"site {site.name!r}: its KV heads cannot be turned onto each other, so the best ones are kept"
                     )
             with _located(site):
                 plans[site.name] = choose(site, *numbers, own, by, merge, known, distances)

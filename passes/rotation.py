@@ -1,4 +1,4 @@
-"""Rotations of heads: changes of basis that leave a model's function as it is, so that heads can be laid on each other.
+"""Rotations of heads, and other changes of basis, so that heads can be laid on each other.
 
 Values may be turned by any orthogonal R when the output projection turns back: (v R) (W_o R)^T = v W_o^T. Queries and
 keys may be turned together: (q R) (k R)^T = q k^T, wherever R commutes with what lies between the projections and the
@@ -28,11 +28,22 @@ class Structure:
     name: str
     free: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...] = ()
+    linear: bool = True
+    """Whether maps that change lengths are allowed too, where what reads the head undoes them."""
 
     def random(self, size: int, generator: torch.Generator) -> Tensor:
         """A random allowed rotation [size, size], in float64."""
         gram = torch.randn(size, size, generator=generator, dtype=torch.float64)
         return self.nearest(gram)
+
+    def stretched(self, size: int, generator: torch.Generator) -> Tensor:
+        """A random allowed map that also changes lengths, by factors from 1/2 to 2: [size, size], in float64."""
+        factors = torch.ones(size, dtype=torch.float64)
+        free = list(self.free)
+        factors[free] = 2 ** (2 * torch.rand(len(free), generator=generator, dtype=torch.float64) - 1)
+        for a, b in self.pairs:
+            factors[a] = factors[b] = 2 ** (2 * torch.rand((), generator=generator, dtype=torch.float64) - 1)
+        return self.random(size, generator) * factors
 
     def nearest(self, cross: Tensor) -> Tensor:
         """The allowed rotation R that makes a R closest to b, for cross = a^T b [size, size]: orthogonal Procrustes

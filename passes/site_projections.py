@@ -38,16 +38,17 @@ def output_projection(module: fx.GraphModule, site: Site) -> HeadProjection | No
     return None if heads is None else HeadProjection(found[0], heads)
 
 
-def kv_projection(module: fx.GraphModule, site: Site, role: str) -> HeadProjection | None:
-    """The projection that makes the keys ("k") or values ("v") of a site, with the rows of every KV head; None when it
-    is not one matrix of which every KV head has as many rows."""
+def input_projection(module: fx.GraphModule, site: Site, role: str) -> HeadProjection | None:
+    """The projection that makes the queries ("q"), keys ("k") or values ("v") of a site, with the rows of every query
+    head or KV head; None when it is not one matrix of which every head has as many rows."""
     uses = [u for u in site.leaves if u.role == role and not u.whole and len(attribute_shape(module, u)) > 1]
     if len(uses) != 1 or len(site.cores) != 1:
         return None
     found = [p for p in readers(module, uses[0].node) if (role, p.node) in site.labels]
     if len(found) != 1:
         return None
-    members = [site.group(g) for g in range(site.kv_heads)]
+    by_query = [(c, c) for c in range(site.heads)]
+    members = by_query if role == "q" else [site.group(g) for g in range(site.kv_heads)]
     heads = _heads(module, site, uses[0], found[0], members, columns=False)
     return None if heads is None else HeadProjection(found[0], heads)
 

@@ -58,16 +58,18 @@ class SiteStatistics:
 
     ``output`` are the moments of the output projection's input, in the order of its matrix's columns. ``norms`` [heads]
     sums the Euclidean norm of every head's output over tokens; ``taylor`` and ``fisher`` [heads] sum, over samples, the
-    magnitude and the square of the head's output times the gradient of the loss with respect to it. ``keys`` and
-    ``values`` are the moments of the projections' outputs.
+    magnitude and the square of the head's output times the gradient of the loss with respect to it. ``queries``,
+    ``keys`` and ``values`` are the moments of the projections' outputs.
     """
 
     projection: HeadProjection
     weight: Tensor
     has_bias: bool
+    query_projection: HeadProjection | None
     key_projection: HeadProjection | None
     value_projection: HeadProjection | None
     output: Moments
+    queries: Moments | None
     keys: Moments | None
     values: Moments | None
     norms: Tensor
@@ -180,7 +182,8 @@ def add_batch(
 
     for own in statistics.values():
         watch(own.projection.made.activation, _output_rows(own, mask))
-        for part, moments in ((own.key_projection, own.keys), (own.value_projection, own.values)):
+        parts = (own.query_projection, own.queries), (own.key_projection, own.keys), (own.value_projection, own.values)
+        for part, moments in parts:
             if part is not None and moments is not None:
                 watch(part.made.node, _kv_rows(part, moments, mask))
 

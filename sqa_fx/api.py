@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
-from sqa_fx.batches import as_call
 from sqa_fx.calibration import Loss, Spool, calibrate
 from sqa_fx.convert_graph import (
     FromData,
@@ -25,6 +24,7 @@ from sqa_fx.convert_graph import (
 from sqa_fx.deferred import DeferredModule
 from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
+from sqa_fx.model_calls import LABELS, inputs_for
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.passes.budget import allot, budget_share
@@ -38,7 +38,7 @@ from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
 from sqa_fx.region_graph import RegionGraph, region_graphs
 from sqa_fx.report import Report
-from sqa_fx.request import WITHOUT_DATA, HeadChoice, HeadScore, KvMerge, Request
+from sqa_fx.request import MERGED_BY_DATA, WITHOUT_DATA, HeadChoice, HeadScore, KvMerge, Request
 from sqa_fx.site_limit import VARIABLE, limited
 from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
@@ -77,10 +77,10 @@ def convert(
     pattern, or with data "reconstruct" (the default: the set from which the site's output can best be fitted again),
     "importance", "activation", "wifv", "taylor" and "fisher" (see passes/head_scores). The last two need gradients, of
     ``loss(outputs, batch)`` where given, else of the model's own distribution. ``kv_merge`` says how KV heads that
-    share a group become one: "mean" (the default without data), "select" (the best one stays) or, with data, "aligned"
-    (the default: the heads that are most alike are paired, turned onto each other without changing the model, and
-    averaged). ``repair`` (on with data) fits every output projection again in closed form, as far as that helps on
-    held-out samples.
+    share a group become one: "mean" (the default without data), "select" (the best one stays) or, with data, "joint"
+    (the default: the heads that are most alike are paired, and mapped to the one that tells most about both; what
+    reads them maps back) or "aligned" (paired, turned onto each other, and averaged). ``repair`` (on with data) fits
+    every output projection again in closed form, as far as that helps on held-out samples.
 
     ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. ``allow_inexact`` also converts
     sites whose result cannot be exact, because a norm or a mean runs over the outputs or the weights of all heads: it
@@ -97,7 +97,7 @@ def convert(
     if plan is not None and not (hq is None and hkv is None):
         raise InputError("a plan holds its own hq and hkv: pass either plan= or hq=/hkv=")
     heads = heads if heads is not None else "weights" if calibration is None else "reconstruct"
-    kv_merge = kv_merge if kv_merge is not None else "mean" if calibration is None else "aligned"
+    kv_merge = kv_merge if kv_merge is not None else "mean" if calibration is None else "joint"
     _check_choices(heads, kv_merge, calibration, plan, repair)
     _check_budget(hq, hkv, calibration)
     inputs = _inputs(model, args, kwargs)
@@ -106,7 +106,10 @@ def convert(
         first = next(batches, None)
         if first is None:
             raise InputError("calibration= gave no batches (an iterator that was used up already?)")
-        inputs, calibration = as_call(first), itertools.chain([first], batches)
+        assert isinstance(model, nn.Module)
+        given, named = inputs_for(model, first)
+        inputs = given, {name: value for name, value in named.items() if name not in LABELS}
+        calibration = itertools.chain([first], batches)
     options: dict[str, Any] = {
         "hq": hq,
         "hkv": hkv,
@@ -164,7 +167,7 @@ def _convert(
         gradients = isinstance(heads, str) and heads in GRADIENT_SCORES
         evidence = timings.timed(
             "calibrate",
-            lambda: calibrate(captured, analysis, calibration, spool, gradients, kv_merge == "aligned", loss),
+            lambda: calibrate(captured, analysis, calibration, spool, gradients, kv_merge in MERGED_BY_DATA, loss),
         )
         share = budget_share(hq)
         if share is not None:
@@ -359,9 +362,13 @@ def _check_choices(
     if kv_merge not in get_args(KvMerge):
         raise InputError(f"kv_merge={kv_merge!r}: known are {', '.join(repr(name) for name in get_args(KvMerge))}")
     if calibration is None:
-        if (isinstance(heads, str) and heads not in WITHOUT_DATA) or kv_merge == "aligned" or repair:
+        if (isinstance(heads, str) and heads not in WITHOUT_DATA) or kv_merge in MERGED_BY_DATA or repair:
             what = (
-                "repair=True" if repair else f"kv_merge={kv_merge!r}" if kv_merge == "aligned" else f"heads={heads!r}"
+                "repair=True"
+                if repair
+                else f"kv_merge={kv_merge!r}"
+                if kv_merge in MERGED_BY_DATA
+                else f"heads={heads!r}"
             )
             raise InputError(f"{what} needs calibration=, an iterable of batches of model inputs")
     elif plan is not None:

@@ -30,7 +30,7 @@ that belong to no head).
 
 With calibration data there may be two more steps, whose numbers lie in a safetensors file beside the JSON. Before the
 cut, ``rotations`` replace the ``entries`` e along ``axis`` of a parameter by R^T e, with R [n, n] the tensor
-``matrix``: changes of basis that leave the model's function as it is, and let KV heads be averaged. After the cut,
+``matrix``: changes of basis of heads and of what reads them, after which KV heads can be averaged. After the cut,
 parameters in ``refitted`` are replaced by the tensors ``refitted/NAME``.
 """
 
@@ -221,10 +221,19 @@ class Plan:
                 raise InputError(f"{file} exists; choose another path or pass overwrite=True")
         data = self.to_json()
         if self.tensors:
-            content = save_tensors({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
+            content = self.tensor_bytes()
             data["tensors"] = {"file": beside.name, "sha256": hashlib.sha256(content).hexdigest()}
             write_whole(beside, content, overwrite=overwrite)
         write_whole(target, json.dumps(data, indent=1).encode(), overwrite=overwrite)
+
+    def tensor_bytes(self) -> bytes:
+        """The tensors as the content of a safetensors file."""
+        # Tensors may share memory, which safetensors refuses: each is written as its own.
+        return bytes(save_tensors({name: t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}))
+
+    def with_tensors(self, content: bytes) -> Plan:
+        """The plan with the tensors that :meth:`tensor_bytes` wrote."""
+        return replace(self, tensors=dict(load_tensors(content)))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -240,11 +249,11 @@ class Plan:
         except json.JSONDecodeError as error:
             raise PlanError(f"{path} is not JSON (truncated?): {error}") from error
         plan = Plan.from_json(data)
-        return replace(plan, tensors=_tensors(Path(path), data["tensors"])) if "tensors" in data else plan
+        return plan.with_tensors(_tensors(Path(path), data["tensors"])) if "tensors" in data else plan
 
 
-def _tensors(path: Path, entry: Any) -> dict[str, Tensor]:
-    """The tensors of the plan at ``path``."""
+def _tensors(path: Path, entry: Any) -> bytes:
+    """The file with the tensors of the plan at ``path``."""
     if not isinstance(entry, Mapping) or not {"file", "sha256"} <= entry.keys():
         raise PlanError(f"{path} does not say which file holds its tensors")
     beside = path.parent / Path(str(entry["file"])).name
@@ -253,7 +262,7 @@ def _tensors(path: Path, entry: Any) -> dict[str, Tensor]:
     content = beside.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise PlanError(f"{beside} is not the file that {path} was written with: its SHA-256 differs")
-    return dict(load_tensors(content))
+    return content
 
 
 def _cut_json(cut: ParameterPlan) -> dict[str, Any]:

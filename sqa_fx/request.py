@@ -14,7 +14,9 @@ HeadCount = int | float | str
 Request = HeadCount | Mapping[str, HeadCount] | None
 HeadScore = Literal["first", "weights", "reconstruct", "importance", "activation", "wifv", "taylor", "fisher"]
 HeadChoice = HeadScore | Mapping[str, Sequence[int]]
-KvMerge = Literal["mean", "select", "aligned"]
+KvMerge = Literal["mean", "select", "aligned", "joint"]
+MERGED_BY_DATA = ("aligned", "joint")
+"""Ways of merging KV heads that need calibration data."""
 WITHOUT_DATA = ("first", "weights")
 """Head choices that need no calibration data."""
 
