@@ -98,7 +98,7 @@ def masked_weights(module: fx.GraphModule, plan: Plan) -> dict[str, Tensor]:
         found[p.name] = masked_tensor(found.get(p.name, attribute(module, p.name).detach()), p)
     cuts = {p.name: p for p in plan.parameters}
     for name in plan.refitted:
-        new = refitted_tensor(plan, name)
+        new = refitted_tensor(plan, name).to(attribute(module, name))
         found[name] = _in_original_places(found[name], new, cuts[name]) if name in cuts else new
     return found
 

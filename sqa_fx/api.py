@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.assemble import assemble, merged_report, refused_report, require_parts, require_sites
-from sqa_fx.calibration import Loss, Spool, calibrate
+from sqa_fx.calibration import Loss, Spool, calibrate, check_data
 from sqa_fx.convert_graph import (
     FromData,
     NothingRewritten,
@@ -100,6 +100,8 @@ def convert(
     kv_merge = kv_merge if kv_merge is not None else "mean" if calibration is None else "joint"
     _check_choices(heads, kv_merge, calibration, plan, repair)
     _check_budget(hq, hkv, calibration)
+    if calibration is not None:
+        check_data(calibration)
     inputs = _inputs(model, args, kwargs)
     if inputs is None and calibration is not None:
         batches = iter(calibration)

@@ -10,6 +10,14 @@ import torch
 from sqa_fx.errors import InputError
 
 
+def labels_last(args: tuple[Any, ...], room: int) -> bool:
+    """Whether the last of ``args`` is one too many for a call of ``room`` arguments, and looks like labels: whole
+    numbers, [batch]."""
+    last = args[-1] if len(args) > 1 else None
+    whole = isinstance(last, torch.Tensor) and last.dim() == 1 and not last.is_floating_point()
+    return whole and len(args) == room + 1
+
+
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as (args, kwargs) of a call: a tensor is the one argument, a tuple or list are the arguments, a mapping
     the keyword arguments. Raises InputError for anything else."""

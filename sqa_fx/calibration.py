@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from sqa_fx.batches import as_call
+from sqa_fx.batches import as_call, labels_last
 from sqa_fx.calls import CallBinder
 from sqa_fx.errors import InputError
 from sqa_fx.passes.capture import Captured
@@ -48,6 +48,8 @@ class Spool:
         self._leaves = pytree.tree_leaves((captured.args, captured.kwargs))
         self._folder = tempfile.TemporaryDirectory(prefix="sqa-fx-calibration-")
         self.count = 0
+        self.unread_mask = False
+        """Whether a batch marks padding in a mask that the graph does not take."""
 
     def __enter__(self) -> Spool:
         return self
@@ -62,6 +64,9 @@ class Spool:
         known = self._binder.captured_names()
         if known is not None:
             # What only a loss wants (labels) is no input of the graph.
+            args = args[:-1] if labels_last(args, len(known)) else args
+            if isinstance(mask, Tensor) and "attention_mask" not in known and not bool(mask.all()):
+                self.unread_mask = True
             kwargs = {name: value for name, value in kwargs.items() if name in known}
         try:
             leaves = pytree.tree_leaves(self._binder.bind(args, kwargs))
@@ -88,12 +93,16 @@ class Spool:
             yield self._batch(samples, mask, tensors)
 
 
-def read(data: Iterable[Any], spool: Spool, each: Callable[[Batch, Any], None]) -> None:
-    """Read all of ``data`` once. Raises InputError when there is none, or when a batch does not fit."""
+def check_data(data: object) -> None:
+    """Raise InputError unless ``data`` looks like batches."""
     if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
         raise InputError(
             f"calibration= takes an iterable of batches, not a {type(data).__name__}; put a single batch in a list"
         )
+
+
+def read(data: Iterable[Any], spool: Spool, each: Callable[[Batch, Any], None]) -> None:
+    """Read all of ``data`` once. Raises InputError when there is none, or when a batch does not fit."""
     for batch in tqdm(data, desc="calibrate", unit="batch", disable=hidden(), leave=False):
         each(spool.add(batch), batch)
     if not spool.count:
@@ -131,6 +140,11 @@ def calibrate(
         add_batch(module, statistics, batch.inputs, batch.samples, batch.mask, wanted)
 
     read(data, spool, add)
+    if spool.unread_mask:
+        analysis.notes.append(
+            "calibration batches mark padding in an attention_mask, which is not among the example inputs: padding is "
+            "not counted, but attention saw it"
+        )
     evidence = Evidence(statistics)
     if rotations:
         inputs = pytree.tree_leaves((captured.args, captured.kwargs))

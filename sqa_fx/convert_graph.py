@@ -94,10 +94,7 @@ def convert_graph(
     if from_data is not None:
         made = replace(made, rotations=from_data.rotations, tensors=dict(from_data.matrices))
     if given is not None and given.refitted:
-        holders = Holders(captured.graph_module)
-        for name in given.refitted:
-            old = attribute(captured.graph_module, name)
-            holders.put(old, refitted_tensor(given, name).to(old))
+        _refit(captured.graph_module, given)
         made = replace(made, refitted=given.refitted)
     elif from_data is not None and from_data.spool is not None:
         spool = from_data.spool
@@ -130,6 +127,22 @@ def _turn(module: fx.GraphModule, data: FromData) -> None:
     holders = Holders(module)
     for name, tensor in turned.items():
         holders.put(attribute(module, name), tensor)
+
+
+def _refit(module: fx.GraphModule, plan: Plan) -> None:
+    """Give the cut parameters the values that the plan has for them. Raises PlanError when it has none that fit."""
+    holders = Holders(module)
+    for name in plan.refitted:
+        new = refitted_tensor(plan, name)
+        try:
+            old = attribute(module, name)
+        except AttributeError as error:
+            raise PlanError(f"the plan refits {name}, which this model does not have") from error
+        if new.shape != old.shape:
+            raise PlanError(
+                f"the plan refits {name} with a tensor of shape {list(new.shape)}; cut, it has shape {list(old.shape)}"
+            )
+        holders.put(old, new.to(old))
 
 
 def cut_inputs(

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from sqa_fx.batches import as_call
+from sqa_fx.batches import as_call, labels_last
 from sqa_fx.errors import InputError
 from sqa_fx.inputs import Inputs
 from sqa_fx.module import ConvertedModule
@@ -47,9 +47,7 @@ def labels_in(model: nn.Module, batch: Any) -> Tensor | None:
 
 def _labels_last(model: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether the last of ``args`` is one too many for the model and looks like labels."""
-    last = args[-1] if len(args) > 1 else None
-    whole = isinstance(last, Tensor) and last.dim() == 1 and not last.is_floating_point()
-    return whole and len(args) == _room(model) + 1
+    return len(args) > 1 and labels_last(args, _room(model))
 
 
 def _room(model: nn.Module) -> int:

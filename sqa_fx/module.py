@@ -8,6 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from sqa_fx.passes.capture import dropout_nodes
 from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
+
+PLAN_TENSORS = "plan.safetensors"
 
 
 class ConvertedModule(nn.Module):
@@ -132,6 +135,8 @@ class ConvertedModule(nn.Module):
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write weights (safetensors), graph, plan and report (JSON) to ``directory``, wholly or not at all.
 
+        The tensors of a plan from calibration data go into a safetensors file of their own.
+
         Raises InputError when ``directory`` exists (unless ``overwrite``) or cannot be written.
         """
         from sqa_fx.storage import save_program
@@ -142,7 +147,11 @@ class ConvertedModule(nn.Module):
             "training": self._captured_training,
             "signature": signature_to_json(self._binder.signature),
         }
-        save_program(self.exported_program(), directory, extra, overwrite=overwrite)
+        beside = {}
+        if self.plan.tensors:
+            extra["plan_tensors"] = PLAN_TENSORS
+            beside[PLAN_TENSORS] = self.plan.tensor_bytes()
+        save_program(self.exported_program(), directory, extra, beside=beside, overwrite=overwrite)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         """A copy with parameters of its own."""
@@ -184,9 +193,12 @@ def load(directory: str | os.PathLike[str]) -> ConvertedModule:
     inputs = program.example_inputs
     if inputs is None:
         raise InputError(f"{directory} holds no example inputs")
+    plan = Plan.from_json(extra["plan"])
+    if "plan_tensors" in extra:  # whose digest load_program has compared
+        plan = plan.with_tensors((Path(directory) / PLAN_TENSORS).read_bytes())
     return ConvertedModule(
         module,
-        plan=Plan.from_json(extra["plan"]),
+        plan=plan,
         report=Report.from_json(extra["report"]),
         args=tuple(inputs[0]),
         kwargs=inputs[1],

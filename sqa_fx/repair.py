@@ -64,6 +64,9 @@ def repair(
             result.notes.append(f"site {site!r} is not repaired: {why}")
             continue
         found = _fit(original, converted, was, made, _residuals(before, right), spool)
+        if found is None:
+            result.notes.append(f"site {site!r} is not repaired: no sample is left to hold out (one in {HELD_OUT} is)")
+            continue
         result.sites[site] = found
         if found.weight is not None:
             _put(converted, made, found, result)
@@ -103,7 +106,8 @@ def _fit(
     made: Projection,
     residuals: tuple[fx.Node, fx.Node] | None,
     spool: Spool,
-) -> Refit:
+) -> Refit | None:
+    """The fit of one site; None without any data to hold out."""
     weight = made.matrix(torch.as_tensor(attribute(converted, made.weight)).detach()).double()
     bias = bias_of(converted, made)
     sums = [Sums.zeros(weight.size(1), weight.size(0), weight.device) for _ in range(2)]
@@ -126,7 +130,7 @@ def _fit(
             if bool(rows.any()):
                 own.add(x[rows], t[rows])
     if not sums[1].count:
-        return Refit(None, None, 0.0, float("nan"), float("nan"))
+        return None
     return refit(sums[0], sums[1], weight, None if bias is None else bias.double())
 
 
@@ -158,4 +162,4 @@ def _put(module: fx.GraphModule, made: Projection, found: Refit, result: Repair)
     holders = Holders(module)
     for name, tensor in new.items():
         holders.put(attribute(module, name), tensor)
-        result.tensors[f"refitted/{name}"] = tensor
+        result.tensors[f"refitted/{name}"] = tensor.detach().cpu()

@@ -6,8 +6,10 @@
 ``program.json``
     The graph in torch.export's own JSON schema, without the guards (they are Python code).
 ``sqa_fx.json``
-    Format name and version, versions of sqa_fx and torch, SHA-256 of the two other files, the example inputs that are
+    Format name and version, versions of sqa_fx and torch, SHA-256 of the other files, the example inputs that are
     not tensors, and ``extra`` (the plan, the report). Its own key ``sha256`` is that of the rest of it.
+Others, such as ``plan.safetensors``
+    What was given as ``beside``.
 
 Nothing is pickled and nothing is unpickled.
 """
@@ -54,9 +56,10 @@ def save_program(
     directory: str | os.PathLike[str],
     extra: Mapping[str, Any],
     *,
+    beside: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``ep`` and the JSON-able ``extra`` to ``directory``, wholly or not at all.
+    """Write ``ep``, the JSON-able ``extra`` and the files ``beside`` it to ``directory``, wholly or not at all.
 
     Raises:
         InputError: ``directory`` exists and ``overwrite`` is not set (or it holds something else than a saved program),
@@ -81,7 +84,9 @@ def save_program(
     with _whole_directory(target) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "sqa_fx": json.dumps(layout)})
         (folder / PROGRAM).write_bytes(program)
-        body["files"] = {name: _digest(folder / name) for name in (WEIGHTS, PROGRAM)}
+        for name, content in (beside or {}).items():
+            (folder / name).write_bytes(content)
+        body["files"] = {name: _digest(folder / name) for name in (WEIGHTS, PROGRAM, *(beside or {}))}
         (folder / META).write_text(json.dumps({"sha256": _body_digest(body), **body}, indent=1), encoding="utf-8")
 
 
@@ -292,8 +297,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     found = body.pop("sha256", None)
     if found != _body_digest(body):
         raise InputError(f"{folder / META}: SHA-256 mismatch: it was altered after it was written")
-    for name in (WEIGHTS, PROGRAM):
-        path = folder / name
+    for name in dict.fromkeys((WEIGHTS, PROGRAM, *body["files"])):
+        path = folder / Path(name).name
         if not path.is_file():
             raise InputError(f"{path} is missing: the model was saved with it")
         if _digest(path) != body["files"][name]:
