@@ -31,6 +31,7 @@ from sqa_fx.checkpoint_run import (
     write_shards,
 )
 from sqa_fx.errors import InputError
+from sqa_fx.passes.capture_ways import DynamicShapes
 from sqa_fx.plan import Plan
 from sqa_fx.request import HeadChoice, KvMerge, Request
 
@@ -86,6 +87,7 @@ def convert_checkpoint(
     allow_inexact: bool = False,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
     jobs: int | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -97,9 +99,10 @@ def convert_checkpoint(
 
     ``checkpoint`` is a directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``; it is
     only read. The plan is ``plan``, or is made from its config.json by :func:`sqa_fx.plan` with ``hq``, ``hkv``,
-    ``heads``, ``kv_merge``, ``allow_inexact``, ``args`` and ``kwargs``. Tensors that it names are cut in pieces, all
-    others and all other files are copied (hidden files, and weights in other formats, are left out). What is written
-    has the bits that :func:`sqa_fx.convert` gives with the same plan; no proof is made, since nothing is run.
+    ``heads``, ``kv_merge``, ``allow_inexact``, ``args``, ``kwargs`` and ``dynamic_shapes``. Tensors that it names are
+    cut in pieces, all others and all other files are copied (hidden files, and weights in other formats, are left out).
+    What is written has the bits that :func:`sqa_fx.convert` gives with the same plan; no proof is made, since nothing
+    is run.
 
     Everything is written to ``OUTPUT.partial``, which gets its name when it is complete, with the plan and a manifest
     (sizes in bytes and SHA-256 of all files, see :func:`sqa_fx.verify_checkpoint`) in it. A run that was killed is
@@ -133,13 +136,14 @@ def convert_checkpoint(
             kwargs=kwargs,
             heads=heads,
             kv_merge=kv_merge or "mean",
+            dynamic_shapes=dynamic_shapes,
             allow_inexact=allow_inexact,
         )
 
     if plan is not None:
         request: dict[str, Any] = {"plan": _digest(plan)}
     else:
-        request = request_of(hq, hkv, heads, kv_merge, allow_inexact, args, kwargs)
+        request = request_of(hq, hkv, heads, kv_merge, allow_inexact, args, kwargs, dynamic_shapes)
     return convert_files(
         checkpoint,
         output,
@@ -162,15 +166,18 @@ def request_of(
     allow_inexact: bool = False,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "auto",
 ) -> dict[str, Any]:
     """What decides a plan, as JSON-ready data: an unfinished conversion is only taken up by the same request."""
-    request = {
+    request: dict[str, Any] = {
         "hq": hq,
         "hkv": hkv,
         "heads": heads or "weights",
         "kv_merge": kv_merge or "mean",
         "allow_inexact": allow_inexact,
     }
+    if dynamic_shapes != "auto":
+        request["dynamic_shapes"] = repr(dynamic_shapes)
     if args or kwargs:
         request["inputs"] = repr(pytree.tree_map(_shape, (tuple(args), dict(kwargs or {}))))
     return request

@@ -60,10 +60,11 @@ def plan(
     ``convert(model, plan=plan)`` proves it where the weights are.
 
     ``hq``, ``hkv``, ``kv_merge``, ``dynamic_shapes`` and ``allow_inexact`` are those of :func:`sqa_fx.convert`;
-    ``args`` and ``kwargs`` are example inputs (on any device) for models that say nothing of theirs. ``heads`` is
-    "weights", "first", or lists of heads by site pattern. "weights" reads the value and output projections of every
-    site once, in pieces of 8 MB, from the safetensors files beside the config or from the module's own tensors; it is
-    the default where there are weights, and "first" is where there are none (with a warning).
+    ``dynamic_shapes=None`` is several times faster, and gives another plan only where a site can be rewritten for some
+    sizes and not for all. ``args`` and ``kwargs`` are example inputs (on any device) for models that say nothing of
+    theirs. ``heads`` is "weights", "first", or lists of heads by site pattern. "weights" reads the value and output
+    projections of every site once, in pieces of 8 MB, from the safetensors files beside the config or from the module's
+    own tensors; it is the default where there are weights, and "first" is where there are none (with a warning).
 
     Raises InputError (arguments, files), MissingError (no such file, no transformers), CaptureError (torch.export
     cannot take the whole model on the meta device), NoAttentionError, and PlanError (an impossible request).
@@ -110,6 +111,11 @@ def planned(
         where = str(folder)
         if heads != "first" and folder.is_dir() and any(folder.glob("*.safetensors*")):
             files = read_checkpoint(folder)
+    if heads == "weights" and files is None and live is None:
+        raise InputError(
+            f"heads='weights' needs weights, and {where} has none here: put the safetensors files beside the config, "
+            "or choose heads='first' or lists of heads"
+        )
     inputs = (tuple(args), dict(kwargs or {})) if args or kwargs else example_inputs(bare)
     if inputs is None:
         raise InputError(f"{where} says nothing of its inputs: pass args= or kwargs= as you would call it")
@@ -121,11 +127,6 @@ def planned(
         heads = "weights" if energy is not None else "first"
         if energy is None:
             notes.append(f"{where} has no weights here: the first heads of every group stay (heads='first')")
-    elif heads == "weights" and energy is None:
-        raise InputError(
-            f"heads='weights' needs weights, and {where} has none here: put the safetensors files beside the config, "
-            "or choose heads='first' or lists of heads"
-        )
     plans = make_plan(weighed(analysis, energy) if energy is not None else analysis, hq, hkv, heads, kv_merge)
     if not plans:
         raise PlanError(f"no site is named by the request; sites are: {', '.join(s.name for s in analysis.sites)}")

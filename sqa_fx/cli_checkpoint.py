@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add_request(parser)
     parser.add_argument("--heads", metavar="CHOICE", help="weights (default), first, or a JSON file of lists by site")
     parser.add_argument("--kv-merge", choices=("mean", "select"), help="how KV heads become one (default: mean)")
+    parser.add_argument(
+        "--static", action="store_true", help="capture with the sizes of the example inputs: several times faster"
+    )
     parser.add_argument(
         "--input", action="append", default=[], metavar="SPEC", help="name:dtype[shape], where the config does not tell"
     )
@@ -81,8 +85,8 @@ def run_convert(options: argparse.Namespace) -> int:
             "on_bytes": progress,
         }
         if options.plan is not None:
-            if options.hq or options.hkv or options.heads or options.kv_merge or options.input:
-                raise InputError("--plan holds every choice: leave out --hq, --hkv, --heads, --kv-merge and --input")
+            if options.hq or options.hkv or options.heads or options.kv_merge:
+                raise InputError("--plan holds every choice: leave out --hq, --hkv, --heads and --kv-merge")
             loaded = sqa_fx.Plan.load(options.plan)
             report = convert_checkpoint(options.checkpoint, options.output, plan=loaded, **common)
         else:
@@ -109,6 +113,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "kv_merge": options.kv_merge or "mean",
         "allow_inexact": options.allow_inexact,
         "kwargs": inputs,
+        "dynamic_shapes": None if options.static else "auto",
     }
 
 
@@ -119,4 +124,7 @@ def _in_a_process(checkpoint: Path, choices: dict[str, Any]) -> Planned:
 
 
 def _planned(checkpoint: Path, choices: dict[str, Any]) -> Planned:
-    return planned(checkpoint, **choices)
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # notes between torch and its own libraries
+            warnings.simplefilter("ignore", category)
+        return planned(checkpoint, **choices)

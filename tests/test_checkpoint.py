@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sqa_fx
-from sqa_fx import cli_checkpoint
+from sqa_fx import checkpoint_weights, cli_checkpoint
 from sqa_fx.checkpoint_cut import Source, TensorCut
 from sqa_fx.checkpoint_format import read_header
 from sqa_fx.checkpoint_plan import planned
@@ -26,7 +26,8 @@ from sqa_fx.passes.parameters import cut_tensor
 from sqa_fx.passes.rotation import rotated
 from sqa_fx.plan import HeadBlock, ParameterPlan, Plan, Rotation
 
-LAYERS = 3
+LAYERS = 2
+IDS = torch.ones(2, 5, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,21 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def test_the_bits_of_a_conversion_in_memory(checkpoint: Path, converted: Any, tmp_path: Path) -> None:
+def test_the_bits_of_a_conversion_in_memory(
+    checkpoint: Path, converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    streamed = checkpoint_weights._streamed
+
+    def counted(source: Source, entry: Any, axis: int) -> Tensor:
+        read.append(entry.name)
+        return streamed(source, entry, axis)
+
+    monkeypatch.setattr(checkpoint_weights, "_streamed", counted)
+    monkeypatch.setattr(checkpoint_weights, "CHUNK", 700)
     report = sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", hq=4, hkv=2, jobs=2)
+    names = [f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(LAYERS) for name in "vo"]
+    assert sorted(read) == sorted(names), "each is read once"
     assert report.plan.sites == converted.plan.sites and report.plan.same_cuts(converted.plan)
     state, made = converted.state_dict(), tensors(tmp_path / "out")
     assert set(made) <= set(state) and len(made) == report.tensors
@@ -153,7 +167,7 @@ def test_plan_of_a_config_alone(model: Any, tmp_path: Path, converted: Any) -> N
         made = sqa_fx.plan(tmp_path, hq=4, hkv=2)
     with torch.device("meta"):
         bare = type(model)(model.config)
-    assert sqa_fx.plan(bare.eval(), hq=4, hkv=2, heads="first").same_cuts(made)
+    assert sqa_fx.plan(bare.eval(), hq=4, hkv=2, heads="first", dynamic_shapes=None).same_cuts(made)
     assert [site.heads_by for site in made.sites] == ["first"] * LAYERS
     assert {p.name for p in made.parameters} == {p.name for p in converted.plan.parameters}
     for site in made.sites:
@@ -165,33 +179,14 @@ def test_plan_of_a_config_alone(model: Any, tmp_path: Path, converted: Any) -> N
 def test_plan_of_modules(model: Any, converted: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    made = sqa_fx.plan(model, hq=4, hkv=2)
+    made = sqa_fx.plan(model, hq=4, hkv=2, kwargs={"input_ids": IDS}, dynamic_shapes=None)
     assert made.sites == converted.plan.sites and made.same_cuts(converted.plan)
     assert not any(p.is_meta for p in model.parameters())
     with FakeTensorMode():
         fake = type(model)(model.config).eval()
-    assert len(sqa_fx.plan(fake, hq=4, hkv=2, heads="first").sites) == LAYERS
+    assert len(sqa_fx.plan(fake, hq=4, hkv=2, heads="first", dynamic_shapes=None).sites) == LAYERS
     with pytest.raises(InputError, match="says nothing of its inputs"):
         sqa_fx.plan(nn.Linear(3, 3), hq=1)
-
-
-def test_weights_are_read_once(checkpoint: Path, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sqa_fx import checkpoint_weights
-
-    read: list[str] = []
-    streamed = checkpoint_weights._streamed
-
-    def counted(source: Source, entry: Any, axis: int) -> Tensor:
-        read.append(entry.name)
-        return streamed(source, entry, axis)
-
-    monkeypatch.setattr(checkpoint_weights, "_streamed", counted)
-    monkeypatch.setattr(checkpoint_weights, "CHUNK", 700)
-    made = planned(checkpoint, hq=4, hkv=2)
-    assert sorted(read) == sorted(
-        f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(LAYERS) for name in "vo"
-    )
-    assert made.plan.sites == converted.plan.sites
 
 
 class Shared(nn.Module):
@@ -310,7 +305,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_here")
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
-    assert main(["plan", str(checkpoint), "--hq", "4", "--hkv", "2", "-o", str(plan)]) == 0
+    assert main(["plan", str(checkpoint), "--hq", "4", "--hkv", "2", "--static", "-o", str(plan)]) == 0
     assert "model.layers.0.self_attn: 8/4 -> 4/2 heads" in capsys.readouterr().out
     assert main(["plan", str(checkpoint), "--hq", "4", "-o", str(plan)]) == 2
     command = ["convert-checkpoint", str(checkpoint), str(out)]
@@ -318,7 +313,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["tensors_cut"] == 4 * LAYERS
     assert main([*command, "--plan", str(plan), "--hq", "3"]) == 2
     assert main(command) == 2 and main([*command, "--hq", "4", "--hkv", "2"]) == 2
-    assert main([*command, "--hq", "4", "--hkv", "2", "--overwrite"]) == 0
+    assert main([*command, "--plan", str(plan), "--overwrite"]) == 0
     assert "4/2" in capsys.readouterr().out and sqa_fx.verify_checkpoint(out)
     assert main(["convert-checkpoint", str(tmp_path / "none"), str(out), "--hq", "4"]) == 3
 
@@ -336,7 +331,7 @@ def test_requests_that_cannot_be(checkpoint: Path, converted: Any, tmp_path: Pat
         with pytest.raises(InputError):
             sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", **options)
     with pytest.raises(PlanError, match="hq=99 is not between"):
-        sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", hq=99)
+        sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", hq=99, dynamic_shapes=None)
     assert os.listdir(tmp_path) == []
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="names no architecture"):
