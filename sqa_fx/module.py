@@ -170,6 +170,9 @@ class ConvertedModule(nn.Module):
             twin.train(self.training)
         twin.checkpoint_activations(self._segments is not None)
         memo[id(self)] = twin
+        # What code around a converted submodule reads of it (see partly.put_in_place).
+        for name in self.__dict__.keys() - twin.__dict__.keys():
+            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return twin
 
     def extra_repr(self) -> str:
