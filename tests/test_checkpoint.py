@@ -164,7 +164,7 @@ def test_again_on_a_complete_directory(checkpoint: Path, converted: Any, result:
 def test_plan_of_a_config_alone(model: Any, tmp_path: Path, converted: Any) -> None:
     model.config.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no weights here"):
-        made = sqa_fx.plan(tmp_path, hq=4, hkv=2)
+        made = sqa_fx.plan(tmp_path, hq=4, hkv=2, dynamic_shapes=None)
     with torch.device("meta"):
         bare = type(model)(model.config)
     assert sqa_fx.plan(bare.eval(), hq=4, hkv=2, heads="first", dynamic_shapes=None).same_cuts(made)
