@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     cli_convert.add_request(convert)
     cli_convert.add_conversion(convert)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to save to")
-    convert.add_argument("--save-plan", type=Path, metavar="FILE", help="also write the plan as JSON")
+    convert.add_argument(
+        "--save-plan", type=Path, metavar="FILE", help="also write the plan as JSON (its tensors beside: .safetensors)"
+    )
     convert.set_defaults(run=cli_convert.run_convert)
 
     plan = commands.add_parser("plan", help="make a plan from a config.json; no weights are loaded")

@@ -5,21 +5,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import sqa_fx
-from sqa_fx.cli_values import axis_ranges, head_choice, one_input_set, request, to_json
+from sqa_fx.cli_data import PATH_HELP, add_rows, rows_of
+from sqa_fx.cli_values import SCORES, axis_ranges, head_choice, one_input_set, request, to_json
 from sqa_fx.errors import InputError, SqaError
 from sqa_fx.export import FORMATS, PRECISIONS, format_of, in_precision
+from sqa_fx.inputs import Inputs
 from sqa_fx.models import LoadedModel, load_model
+from sqa_fx.passes.budget import PREFIX
 from sqa_fx.progress import steps
 from sqa_fx.region_drawing import check_target
+from sqa_fx.request import MERGED_BY_DATA, WITHOUT_DATA, KvMerge
+from sqa_fx.text_data import TokenBatches
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +45,9 @@ def add_request(parser: argparse.ArgumentParser) -> None:
             option,
             action="append",
             metavar="N",
-            help=f"{what} heads to keep: a number, a fraction (0.5), a variant name, or pattern=value, repeated",
+            help=f"{what} heads to keep: a number, a fraction (0.5), a variant name, "
+            + ("auto:0.5 (with --calibration: that share of the FLOPs), " if option == "--hq" else "")
+            + "or pattern=value, repeated",
         )
     parser.add_argument(
         "--allow-inexact",
@@ -50,10 +59,29 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 def add_conversion(parser: argparse.ArgumentParser) -> None:
     """The arguments of a conversion beside its head counts."""
     parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this saved plan instead of --hq and --hkv")
-    parser.add_argument("--heads", metavar="CHOICE", help="first, weights (default), or a JSON file of lists by site")
-    parser.add_argument("--kv-merge", choices=("mean", "select"), help="how KV heads become one (default: mean)")
+    parser.add_argument(
+        "--heads",
+        metavar="CHOICE",
+        help="first, weights (default), or a JSON file of lists by site; with --calibration also reconstruct (default "
+        "then), importance, activation, wifv, taylor, fisher",
+    )
+    parser.add_argument(
+        "--kv-merge",
+        choices=get_args(KvMerge),
+        help="how KV heads become one: mean (default) or select; with --calibration also aligned, joint (default then)",
+    )
     parser.add_argument("--static", action="store_true", help="keep the sizes of the example inputs")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="PATH", help=f"choose, merge and repair by this data: {PATH_HELP}"
+    )
+    add_rows(parser)
+    parser.add_argument(
+        "--calibration-batches", type=int, default=32, metavar="N", help="read no more batches than these (default: 32)"
+    )
+    parser.add_argument(
+        "--no-repair", action="store_true", help="do not fit output projections again after --calibration"
+    )
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -135,11 +163,13 @@ def run_convert(options: argparse.Namespace) -> int:
     _refuse_existing(options.output, options.overwrite)
     if options.save_plan is not None:
         _refuse_existing(options.save_plan, options.overwrite)
+        if options.calibration is not None:
+            _refuse_existing(options.save_plan.with_suffix(".safetensors"), options.overwrite)
     with steps("load", "convert", "save") as step:
         step()
         loaded = load_model(options.model, pretrained=options.pretrained)
         step()
-        converted = _convert(loaded, *one_input_set(loaded, options.input), options)
+        converted = _convert(loaded, *_inputs(loaded, options), options)
         step()
         converted.save(options.output, overwrite=options.overwrite)
         if options.save_plan is not None:
@@ -161,7 +191,7 @@ def run_export(options: argparse.Namespace) -> int:
         step()
         loaded = load_model(options.model, pretrained=options.pretrained)
         step()
-        args, kwargs = one_input_set(loaded, options.input)
+        args, kwargs = _inputs(loaded, options)
         precision = options.precision
         original = loaded.module
         if precision is None or isinstance(original, sqa_fx.ConvertedModule):
@@ -171,9 +201,10 @@ def run_export(options: argparse.Namespace) -> int:
             loaded = dataclasses.replace(loaded, module=module, args=args, kwargs=kwargs)
             precision = None
         wanted = options.hq or options.hkv or options.plan
-        if not wanted and (options.heads or options.kv_merge or options.no_verify):
+        if not wanted and (options.heads or options.kv_merge or options.no_verify or options.calibration):
             raise InputError(
-                "--heads, --kv-merge and --no-verify belong to a conversion: give --hq, --hkv or --plan too"
+                "--heads, --kv-merge, --calibration and --no-verify belong to a conversion: give --hq, --hkv or --plan "
+                "too"
             )
         if options.baseline and not wanted:
             raise InputError(
@@ -235,8 +266,12 @@ def _described(artifact: sqa_fx.Artifact) -> str:
 
 
 def _convert(loaded: LoadedModel, args: Any, kwargs: Any, options: argparse.Namespace) -> Any:
-    if options.plan is not None and (options.hq or options.hkv or options.heads or options.kv_merge):
-        raise InputError("--plan holds every choice already: leave out --hq, --hkv, --heads and --kv-merge")
+    if options.plan is not None and (
+        options.hq or options.hkv or options.heads or options.kv_merge or options.calibration
+    ):
+        raise InputError(
+            "--plan holds every choice already: leave out --hq, --hkv, --heads, --kv-merge and --calibration"
+        )
     if options.plan is None and not (options.hq or options.hkv):
         raise InputError("say how many heads are to remain: --hq, --hkv, or a saved plan with --plan")
     chosen: dict[str, Any] = {"plan": sqa_fx.Plan.load(options.plan)} if options.plan is not None else {}
@@ -245,11 +280,55 @@ def _convert(loaded: LoadedModel, args: Any, kwargs: Any, options: argparse.Name
         chosen["heads"] = head_choice(options.heads)
     if options.kv_merge:
         chosen["kv_merge"] = options.kv_merge
+    if options.calibration is not None:
+        chosen["calibration"] = _rows(loaded, kwargs, options)
+        chosen["repair"] = not options.no_repair
+    else:
+        _check_without_data(options)
     if options.static:
         chosen["dynamic_shapes"] = None
     chosen |= {"hq": request(options.hq, "--hq"), "hkv": request(options.hkv, "--hkv")}
     with _without_partial_graphs(options.debug):
         return sqa_fx.convert(loaded.module, args=args, kwargs=kwargs, verify=not options.no_verify, **chosen)
+
+
+def _inputs(loaded: LoadedModel, options: argparse.Namespace) -> Inputs:
+    """The example inputs; for a model that does not say what they are, a first batch of the calibration data."""
+    try:
+        args, kwargs = one_input_set(loaded, options.input)
+    except InputError:
+        if options.calibration is None or options.input:
+            raise
+        args, kwargs = (), dict(next(iter(_rows(loaded, {}, options))))
+    ids, model = kwargs.get("input_ids"), loaded.module
+    named = isinstance(model, nn.Module) and "attention_mask" in inspect.signature(model.forward).parameters
+    if options.calibration is not None and options.pad and named and isinstance(ids, Tensor):
+        # Padded rows have a mask, which the graph takes only if it was captured with one.
+        kwargs = {"attention_mask": torch.ones_like(ids), **kwargs}
+    return args, kwargs
+
+
+def _rows(loaded: LoadedModel, kwargs: dict[str, Any], options: argparse.Namespace) -> TokenBatches:
+    if options.calibration_batches < 1:
+        raise InputError(f"--calibration-batches {options.calibration_batches}: give at least 1")
+    return rows_of(
+        options.calibration,
+        options,
+        loaded.module if isinstance(loaded.module, nn.Module) else None,
+        options.calibration_batches * options.batch,
+        "attention_mask" in kwargs,
+    )
+
+
+def _check_without_data(options: argparse.Namespace) -> None:
+    needs = [
+        *([f"--heads {options.heads}"] if options.heads in SCORES and options.heads not in WITHOUT_DATA else []),
+        *([f"--kv-merge {options.kv_merge}"] if options.kv_merge in MERGED_BY_DATA else []),
+        *([f"--hq {text}" for text in options.hq or () if text.startswith(PREFIX)]),
+        *(["--no-repair"] if options.no_repair else []),
+    ]
+    if needs:
+        raise InputError(f"{needs[0]} needs data to tell: give --calibration PATH")
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import sqa_fx
+from sqa_fx.cli_data import PATH_HELP, add_rows, rows_of
 from sqa_fx.cli_values import to_json
 from sqa_fx.errors import InputError
 from sqa_fx.heal_options import HealOptions
-from sqa_fx.inputs import vocabulary_size
 from sqa_fx.models import load_model
-from sqa_fx.text_data import TokenBatches, load_tokenizer, token_batches
+from sqa_fx.text_data import TokenBatches
 
 _CHOICES = {
     "loss": ("auto", "kl", "embedding"),
@@ -59,17 +59,9 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", metavar="STUDENT", help="a folder that sqa-fx convert or heal wrote")
     parser.add_argument("--teacher", required=True, metavar="MODEL", help="the model that it was converted from")
     parser.add_argument("--pretrained", action="store_true", help="trained weights for a timm:NAME teacher")
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="PATH",
-        help="a file or folder of text, or of token ids: .jsonl, .npy, .safetensors",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="DIR", help="for text: a folder saved by transformers, or 'bytes'")
-    parser.add_argument("--sequence", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a batch (default: 8)")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help=PATH_HELP)
+    add_rows(parser)
     parser.add_argument("--rows", type=int, metavar="N", help="read no more rows than these")
-    parser.add_argument(
-        "--pad", action="store_true", help="a document or line is a row of its own, padded; else all are one stream"
-    )
 
 
 def add_heal(parser: argparse.ArgumentParser) -> None:
@@ -170,15 +162,4 @@ def _data(
     seed: int | None = None,
 ) -> TokenBatches:
     """The rows of ``path``: for training with a ``seed``, in its order and in full batches only."""
-    return token_batches(
-        path,
-        load_tokenizer(options.tokenizer) if options.tokenizer else None,
-        options.sequence,
-        options.batch,
-        pack=not options.pad,
-        rows=options.rows,
-        vocabulary=vocabulary_size(teacher),
-        seed=seed,
-        drop_last=seed is not None,
-        mask="attention_mask" in student._binder._captured,
-    )
+    return rows_of(path, options, teacher, options.rows, "attention_mask" in student._binder._captured, seed)

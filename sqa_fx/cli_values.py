@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -13,12 +13,16 @@ from torch.export import ExportedProgram
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.inputs import Inputs, bind_inputs, example_inputs, parse_input_spec, vocabulary_size
 from sqa_fx.models import LoadedModel
-from sqa_fx.request import VARIANTS, HeadChoice, HeadCount, Request
+from sqa_fx.passes.budget import PREFIX
+from sqa_fx.request import VARIANTS, HeadChoice, HeadCount, HeadScore, Request
+
+SCORES: tuple[HeadScore, ...] = get_args(HeadScore)
 
 
 def head_count(text: str) -> HeadCount:
-    """``8`` as a number of heads, ``0.5`` as a fraction, ``sSQA`` as a variant. Raises InputError for anything else."""
-    if text in VARIANTS:
+    """``8`` as a number of heads, ``0.5`` as a fraction, ``sSQA`` as a variant, ``auto:0.5`` as a budget. Raises
+    InputError for anything else."""
+    if text in VARIANTS or text.startswith(PREFIX):
         return text
     for kind in (int, float):
         try:
@@ -46,19 +50,18 @@ def request(texts: Sequence[str] | None, option: str) -> Request:
 
 
 def head_choice(text: str) -> HeadChoice:
-    """``first``, ``weights``, or the lists in a JSON file: ``{"site name": [query head, ...]}``.
+    """The name of a score or method, or the lists in a JSON file: ``{"site name": [query head, ...]}``.
 
     Raises:
         MissingError: there is no such file.
         InputError: it is not JSON of that form.
     """
-    if text == "first":
-        return "first"
-    if text == "weights":
-        return "weights"
+    for name in SCORES:
+        if text == name:
+            return name
     path = Path(text)
     if not path.is_file():
-        raise MissingError(f"--heads {text}: it is neither 'first' nor 'weights', and there is no such file")
+        raise MissingError(f"--heads {text}: it is neither one of {', '.join(SCORES)} nor a file that is there")
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
