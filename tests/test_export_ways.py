@@ -405,7 +405,7 @@ def test_copies_are_independent_and_cast() -> None:
     assert not torch.equal(twin(ids)["logits"], expected)
     assert twin.plan == converted.plan and _at(twin, "head.weight") is _at(twin, "embedding.weight")
     for path in converted.submodules:
-        part, own = _at(twin.eager, path), _at(converted.eager, path)
+        part, own = _at(twin.eager, path), _at(_converted_once().eager, path)
         assert vars(part).keys() == vars(own).keys()  # what the code around reads of a submodule
     wide = copy.deepcopy(converted).double()
     torch.testing.assert_close(wide(ids)["logits"].float(), expected, rtol=0, atol=1e-5)
