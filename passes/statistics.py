@@ -5,7 +5,7 @@ Sums are kept in float64 and grow with the width of a layer, never with the amou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from sqa_fx.passes.widened import Widened
 
 Flat = list[Any]
 """The inputs of a graph, one for each placeholder."""
+Ordered = Callable[[fx.Node, Tensor], Tensor]
+"""Rows of a node to the same rows, those of a sample together."""
 Loss = Callable[[Sequence[Any]], Tensor]
 """The graph's outputs to a number whose gradient is wanted."""
 
@@ -157,6 +159,61 @@ def gradients(
     }
 
 
+def tokens_first(
+    module: fx.GraphModule, rows: Mapping[fx.Node, Callable[[Tensor], Tensor]], inputs: Flat, batch: int
+) -> set[fx.Node]:
+    """The nodes whose rows run over tokens first and samples then, found out by trial: with the samples of the inputs
+    in another order, the rows come in another order. ``rows`` makes a matrix [n, width] of each node's value."""
+    if batch < 2 or not rows:
+        return set()
+    rolled = [v.roll(1, 0) if isinstance(v, Tensor) and v.dim() and v.shape[0] == batch else v for v in inputs]
+    plain, other = _fingerprints(module, rows, inputs), _fingerprints(module, rows, rolled)
+    found = set()
+    for node, a in plain.items():
+        if a.shape != other[node].shape or len(a) % batch:
+            continue
+        by_samples = (a.reshape(batch, -1).roll(1, 0).reshape(-1) - other[node]).abs().sum()
+        by_tokens = (a.reshape(-1, batch).roll(1, 1).reshape(-1) - other[node]).abs().sum()
+        if 100 * by_tokens < by_samples:
+            found.add(node)
+    return found
+
+
+def _fingerprints(
+    module: fx.GraphModule, rows: Mapping[fx.Node, Callable[[Tensor], Tensor]], inputs: Flat
+) -> dict[fx.Node, Tensor]:
+    """A number for every row of every node."""
+    found: dict[fx.Node, Tensor] = {}
+
+    def keep(node: fx.Node, value: Tensor) -> None:
+        x = rows[node](value).double().nan_to_num()
+        found[node] = x @ torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype, device=x.device)
+
+    Watch(module, {n: lambda value, n=n: keep(n, value) for n in rows}).show(inputs)  # type: ignore[misc]
+    return found
+
+
+def by_sample(rows: Tensor, batch: int, turned: bool) -> Tensor:
+    """Rows [n, width] of ``batch`` samples with those of a sample together; ``turned`` when they run over tokens
+    first."""
+    if not turned or rows.shape[0] % batch:
+        return rows
+    return rows.reshape(-1, batch, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+
+
+def order_of_rows(
+    module: fx.GraphModule, statistics: Mapping[str, SiteStatistics], inputs: Flat, batch: int
+) -> set[fx.Node]:
+    """`tokens_first` of all nodes that statistics are made of."""
+    rows: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+    for own in statistics.values():
+        rows[own.projection.made.activation] = own.projection.made.rows_in
+        for part in (own.query_projection, own.key_projection, own.value_projection):
+            if part is not None:
+                rows.setdefault(part.made.node, part.made.rows_out)
+    return tokens_first(module, rows, inputs, batch)
+
+
 def valid_rows(rows: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which of the rows [n, width] are valid tokens, as ``mask`` [batch, tokens] says; None when all are, or when the
     rows are not these tokens."""
@@ -173,19 +230,25 @@ def add_batch(
     batch: int,
     mask: Tensor | None,
     loss: Loss | None,
+    turned: Collection[fx.Node] = (),
 ) -> None:
-    """Add one batch of ``batch`` samples to the statistics of every site; with ``loss`` its gradients too."""
+    """Add one batch of ``batch`` samples to the statistics of every site; with ``loss`` its gradients too. ``turned``
+    are the nodes whose rows run over tokens first."""
+
+    def ordered(node: fx.Node, rows: Tensor) -> Tensor:
+        return by_sample(rows, batch, node in turned)
+
     watched: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
 
     def watch(node: fx.Node, call: Callable[[Tensor], None]) -> None:
         watched.setdefault(node, []).append(call)
 
     for own in statistics.values():
-        watch(own.projection.made.activation, _output_rows(own, mask))
+        watch(own.projection.made.activation, _output_rows(own, mask, ordered))
         parts = (own.query_projection, own.queries), (own.key_projection, own.keys), (own.value_projection, own.values)
         for part, moments in parts:
             if part is not None and moments is not None:
-                watch(part.made.node, _kv_rows(part, moments, mask))
+                watch(part.made.node, _kv_rows(part, moments, mask, ordered))
 
     def all_of(calls: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
         def each(value: Tensor) -> None:
@@ -198,12 +261,12 @@ def add_batch(
     if loss is not None:
         activations = {name: own.projection.made.activation for name, own in statistics.items()}
         for name, (value, slope) in gradients(module, inputs, activations, loss).items():
-            _add_gradients(statistics[name], value, slope, batch)
+            _add_gradients(statistics[name], value, slope, batch, ordered)
 
 
-def _output_rows(own: SiteStatistics, mask: Tensor | None) -> Callable[[Tensor], None]:
+def _output_rows(own: SiteStatistics, mask: Tensor | None, ordered: Ordered) -> Callable[[Tensor], None]:
     def add(value: Tensor) -> None:
-        x = own.projection.made.rows_in(value)
+        x = ordered(own.projection.made.activation, own.projection.made.rows_in(value))
         keep = valid_rows(x, mask)
         x = x if keep is None else x[keep]
         own.output.add(x)
@@ -213,22 +276,22 @@ def _output_rows(own: SiteStatistics, mask: Tensor | None) -> Callable[[Tensor],
     return add
 
 
-def _kv_rows(part: HeadProjection, moments: Moments, mask: Tensor | None) -> Callable[[Tensor], None]:
+def _kv_rows(part: HeadProjection, moments: Moments, mask: Tensor | None, ordered: Ordered) -> Callable[[Tensor], None]:
     order = torch.cat(part.heads)
 
     def add(value: Tensor) -> None:
-        y = part.made.rows_out(value)[:, order.to(value.device)]
+        y = ordered(part.made.node, part.made.rows_out(value)[:, order.to(value.device)])
         keep = valid_rows(y, mask)
         moments.add(y if keep is None else y[keep])
 
     return add
 
 
-def _add_gradients(own: SiteStatistics, value: Tensor, slope: Tensor, batch: int) -> None:
+def _add_gradients(own: SiteStatistics, value: Tensor, slope: Tensor, batch: int, ordered: Ordered) -> None:
     """Per sample and head the sum of value times gradient. Where the rows are no multiple of the samples, all rows
     count as one sample."""
     made = own.projection.made
-    product = made.rows_in(value).double() * made.rows_in(slope).double()
+    product = ordered(made.activation, made.rows_in(value).double() * made.rows_in(slope).double())
     samples = batch if batch and product.shape[0] % batch == 0 else 1
     each = product.reshape(samples, -1, product.shape[1]).sum(1)
     heads = torch.stack([each[:, c.to(each.device)].sum(1) for c in own.projection.heads], 1)

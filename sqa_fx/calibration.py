@@ -20,7 +20,7 @@ from sqa_fx.errors import InputError
 from sqa_fx.passes.capture import Captured
 from sqa_fx.passes.evidence import Evidence, allow_rotations, begin
 from sqa_fx.passes.pipeline import Analysis
-from sqa_fx.passes.statistics import Flat, add_batch
+from sqa_fx.passes.statistics import Flat, add_batch, order_of_rows
 from sqa_fx.progress import hidden
 
 Loss = Callable[[Any, Any], Tensor]
@@ -129,7 +129,12 @@ def calibrate(
         )
     generator = torch.Generator().manual_seed(0)
 
+    turned: set[fx.Node] | None = None
+
     def add(batch: Batch, given: Any) -> None:
+        nonlocal turned
+        if turned is None and batch.samples > 1:
+            turned = order_of_rows(module, statistics, batch.inputs, batch.samples)
         wanted = None
         if gradients:
 
@@ -137,7 +142,7 @@ def calibrate(
                 tree = _unflatten(module, outputs)
                 return own_loss(tree, generator) if loss is None else loss(tree, given)
 
-        add_batch(module, statistics, batch.inputs, batch.samples, batch.mask, wanted)
+        add_batch(module, statistics, batch.inputs, batch.samples, batch.mask, wanted, turned or ())
 
     read(data, spool, add)
     if spool.unread_mask:

@@ -20,7 +20,7 @@ from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.projection import Projection, bias_of, projection, readers
 from sqa_fx.passes.refit import Refit, Sums, refit
 from sqa_fx.passes.residual import Junction, junction
-from sqa_fx.passes.statistics import Watch, valid_rows
+from sqa_fx.passes.statistics import Watch, by_sample, tokens_first, valid_rows
 from sqa_fx.plan import Plan
 from sqa_fx.progress import hidden
 
@@ -53,6 +53,7 @@ def repair(
     right = {n.name: n for n in converted.graph.nodes}
     order = {n.name: i for i, n in enumerate(original.graph.nodes)}
     names = sorted(outputs, key=lambda s: order[outputs[s][0]])
+    turned = _tokens_first(original, [left[outputs[s][0]] for s in names], spool)
     for site in tqdm(names, desc="repair", unit="site", disable=hidden(), leave=False):
         before, after = left[outputs[site][0]], right[outputs[site][1]]
         made, was = projection(converted, after), projection(original, before)
@@ -63,7 +64,7 @@ def repair(
         if why:
             result.notes.append(f"site {site!r} is not repaired: {why}")
             continue
-        found = _fit(original, converted, was, made, _residuals(before, right), spool)
+        found = _fit(original, converted, was, made, _residuals(before, right), spool, was.activation in turned)
         if found is None:
             result.notes.append(f"site {site!r} is not repaired: no sample is left to hold out (one in {HELD_OUT} is)")
             continue
@@ -106,8 +107,9 @@ def _fit(
     made: Projection,
     residuals: tuple[fx.Node, fx.Node] | None,
     spool: Spool,
+    turned: bool,
 ) -> Refit | None:
-    """The fit of one site; None without any data to hold out."""
+    """The fit of one site; None without any data to hold out. ``turned``: its rows run over tokens first."""
     weight = made.matrix(torch.as_tensor(attribute(converted, made.weight)).detach()).double()
     bias = bias_of(converted, made)
     sums = [Sums.zeros(weight.size(1), weight.size(0), weight.device) for _ in range(2)]
@@ -120,7 +122,8 @@ def _fit(
         if residuals is not None:
             lost = targets[residuals[0]].double() - inputs[residuals[1]].double()
             t = t + was.rows_out(lost.reshape(targets[was.node].shape))
-        x = made.rows_in(inputs[made.activation])
+        x = by_sample(made.rows_in(inputs[made.activation]), batch.samples, turned)
+        t = by_sample(t, batch.samples, turned)
         groups = (torch.arange(x.shape[0]) * _parts(x, batch)) // x.shape[0] + sample
         sample += _parts(x, batch)
         keep = valid_rows(x, batch.mask)
@@ -132,6 +135,13 @@ def _fit(
     if not sums[1].count:
         return None
     return refit(sums[0], sums[1], weight, None if bias is None else bias.double())
+
+
+def _tokens_first(module: fx.GraphModule, outputs: list[fx.Node], spool: Spool) -> set[fx.Node]:
+    """The inputs of the output projections whose rows run over tokens first."""
+    rows = {p.activation: p.rows_in for node in outputs if (p := projection(module, node)) is not None}
+    batch = next((b for b in spool if b.samples > 1), None)
+    return set() if batch is None else tokens_first(module, rows, batch.inputs, batch.samples)
 
 
 def _parts(x: Tensor, batch: Batch) -> int:

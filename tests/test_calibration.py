@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -258,17 +258,35 @@ def test_too_few_samples_to_hold_any_out() -> None:
 # --- the data -------------------------------------------------------------------------------------------------------
 
 
-def test_padded_tokens_do_not_count() -> None:
+class TokensFirst(nn.Module):
+    """nn.MultiheadAttention, which works on [tokens, batch, width] and flattens that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0]
+        return out
+
+
+@pytest.mark.parametrize("build", [model_of, TokensFirst])
+def test_padded_tokens_do_not_count(build: Callable[[], nn.Module]) -> None:
     """Batches with garbage behind their ends say the same as their rows one by one, cut off there."""
     x, lengths = data(1)[0], torch.tensor([7, 3, 5, 1])
     mask = (torch.arange(TOKENS) < lengths[:, None]).long()
     garbage = torch.where(mask[..., None] != 0, x, torch.full_like(x, 50.0))
-    captured = capture(model_of(), (), {"x": x, "attention_mask": mask})
+    captured = capture(build().eval(), (), {"x": x, "attention_mask": mask})
     analysis = find_sites(captured.graph_module)
 
     def of(batches: list[dict[str, Tensor]]) -> SiteStatistics:
+        def loss(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+            hidden = outputs["hidden"] if isinstance(outputs, dict) else outputs
+            valid = batch["attention_mask"][..., None] != 0
+            return torch.where(valid, hidden, torch.zeros_like(hidden)).pow(3).sum()
+
         with Spool(captured) as spool:
-            [own] = calibrate(captured, analysis, batches, spool, False, False).statistics.values()
+            [own] = calibrate(captured, analysis, batches, spool, True, False, loss).statistics.values()
             return own
 
     padded = of([{"x": garbage, "attention_mask": mask}])
@@ -279,9 +297,14 @@ def test_padded_tokens_do_not_count() -> None:
         ]
     )
     assert padded.output.count == alone.output.count == int(lengths.sum())
-    for part in ("output", "keys", "values"):
-        torch.testing.assert_close(getattr(padded, part).second, getattr(alone, part).second, rtol=1e-4, atol=1e-4)
+    for part in ("output", "queries", "keys", "values"):
+        own, other = getattr(padded, part), getattr(alone, part)
+        assert (own is None) == (other is None)
+        if own is not None:
+            torch.testing.assert_close(own.second, other.second, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(padded.norms, alone.norms, rtol=1e-4, atol=1e-4)
+    assert padded.samples == alone.samples == ROWS
+    torch.testing.assert_close(padded.fisher, alone.fisher, rtol=1e-3, atol=1e-4)
 
 
 def test_a_generator_is_read_once() -> None:
