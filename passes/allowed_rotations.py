@@ -75,9 +75,8 @@ def allowed_rotations(
     with torch.no_grad():
         plain.run(*inputs, enable_io_processing=False)
     generator = torch.Generator().manual_seed(0)
-    size = max(widths.values())
     # Nothing lies between values and output that pairs could commute with and others could not.
-    count = 1 if roles == VALUES else len(structures(size))
+    count = 1 if roles == VALUES else max(len(structures(w)) for w in widths.values())
     for linear, attempt in [(linear, attempt) for linear in (True, False) for attempt in range(count)]:
         turned: dict[str, Tensor] = {}
         for site in left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -106,3 +107,29 @@ def test_a_swap_mends_a_greedy_choice() -> None:
     """0 and 1 are nearest, but then 2 and 3 must go together, at 9: better are 0 with 2 and 1 with 3."""
     found = torch.tensor([[0, 1, 2, 8], [1, 0, 8, 2], [2, 8, 0, 9], [8, 2, 9, 0.0]])
     assert grouped(range(4), 2, found) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("structure", [structures(SIZE)[0], HALVES], ids=lambda s: s.name)
+def test_one_head_that_tells_of_all(structure: Structure) -> None:
+    """What is lost is what the mean of the mapped heads, mapped back, misses of them; turning alone loses more."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randn(400, 2 * SIZE, generator=generator, dtype=torch.float64)
+    heads = [
+        shared @ torch.randn(2 * SIZE, SIZE, generator=generator, dtype=torch.float64) * scale for scale in (1, 0.5, 2)
+    ]
+    x = torch.cat(heads, 1)
+    likeness = Likeness(x.T @ x, SIZE, structure)
+    made = likeness.joint([0, 1, 2], [torch.eye(SIZE, dtype=torch.float64)] * 3)
+
+    def missed(down: Sequence[Tensor], back: Sequence[Tensor]) -> float:
+        merged = torch.stack([h @ d for h, d in zip(heads, down, strict=True)]).mean(0)
+        left = sum(float((h - merged @ b.T).square().sum()) for h, b in zip(heads, back, strict=True))
+        return left / float(x.square().sum())
+
+    assert made.lost == pytest.approx(missed(made.down, made.back), rel=1e-2)
+    turns = likeness.turns([0, 1, 2])
+    aligned = missed(list(turns.values()), list(turns.values()))
+    assert made.lost < 0.9 * aligned
+    if not structure.pairs:  # then it is the best of all linear maps: principal components of all heads together
+        values = torch.linalg.eigvalsh(x.T @ x)
+        assert made.lost == pytest.approx(float(values[:-SIZE].sum() / values.sum()), rel=1e-2)

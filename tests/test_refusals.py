@@ -352,7 +352,7 @@ def test_impossible_requests(request_: dict[str, Any], words: str) -> None:
     [
         ({}, "hq"),
         ({"hq": 3, "heads": "best"}, "'best'.*'first', 'weights'"),
-        ({"hq": 3, "kv_merge": "sum"}, "'sum'.*'mean' and 'select'"),
+        ({"hq": 3, "kv_merge": "sum"}, "'sum'.*'mean', 'select'"),
     ],
 )
 def test_unknown_choices(choices: dict[str, Any], words: str) -> None:
