@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._export.utils import _is_preservable_cia_op, _special_op_to_preserve_cia
 from torch._functorch.aot_autograd import aot_export_module
@@ -24,6 +25,7 @@ from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sqa_fx.errors import CaptureError, first_line
@@ -80,20 +82,47 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
     fakes += [mode.from_tensor(t, static_shapes=True) for t in held.values()]
     runner = _Runner(module, list(held), gradients)
     composites = {op: _special_op_to_preserve_cia for name in _called(module) for op in _composites(name)}
+    mutated: dict[int, str] = {}
     try:
         with (
             mode,
             mock.patch.object(mode, "allow_scalar_outputs", True),
             _override_composite_implicit_decomp(composites),
             fx_traceback.preserve_node_meta(),
+            enable_python_dispatcher(),
         ):
-            traced, signature = aot_export_module(runner, fakes, trace_joint=False, decompositions={})
+            traced = _traced_as_it_is(runner, fakes, mode)
+            if traced is None:
+                made, signature = aot_export_module(runner, fakes, trace_joint=False, decompositions={})
+                assert isinstance(made, fx.GraphModule)
+                traced = made
+                written = signature.user_inputs_to_mutate.items()
+                mutated = {signature.user_inputs.index(name): out for out, name in written}
     except Exception as error:
         raise CaptureError(f"the graph cannot be traced to ATen operators: {first_line(error)[:300]}") from error
-    assert isinstance(traced, fx.GraphModule)
     names = [n.name for n in placeholders]
-    mutated = {signature.user_inputs.index(name): out for out, name in signature.user_inputs_to_mutate.items()}
     return _assemble(module, traced, names, placeholders, [*inputs, *held.values()], list(held), mutated)
+
+
+def _traced_as_it_is(runner: nn.Module, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule | None:
+    """The ATen graph, or None where it must be made functional: it writes to tensors, or holds operators that may.
+
+    AOTAutograd runs the graph twice to make it functional, which for most graphs is there to find that they are.
+    """
+    own = [mode.from_tensor(f) if isinstance(f, FakeTensor) and f.fake_mode is not mode else f for f in fakes]
+    with torch.no_grad():
+        traced: fx.GraphModule = make_fx(runner, tracing_mode="real")(*own)
+    calls = [n for n in traced.graph.nodes if n.op == "call_function"]
+    return traced if all(_only_reads(n.target) for n in calls) else None
+
+
+def _only_reads(target: Any) -> bool:
+    """Whether an operator says that it leaves its arguments as they are. Normalisations with running statistics write
+    to these without saying so."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", "") in ("_operator", "math", "torch.fx.experimental.sym_node", "torch")
+    schema = target._schema
+    return not schema.is_mutable and not any(a.name.startswith("running_") for a in schema.arguments)
 
 
 def _called(module: fx.GraphModule) -> set[str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from attention_models import CASES, FusedAttention, converted, noise, perturb, tensors, tokens
 from plan_arithmetic import cut, load_masked
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_export_module
 from torch.utils.checkpoint import checkpoint
 
 import sqa_fx
@@ -338,6 +339,46 @@ def test_buffers_in_place_writes_and_parts_without_gradients(dynamic: bool) -> N
     oracle = _masked(model, sqa_fx.last_plan(model))
     _close(compiled(x), oracle(x))
     assert model.seen.item() == 4
+
+
+class Normalised(nn.Module):
+    """Attention behind a normalisation that keeps running statistics: it writes to them without saying so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.BatchNorm1d(24), FusedAttention(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(self.norm(x.flatten(0, 1)).view_as(x))
+        return out
+
+
+def test_running_statistics_are_kept() -> None:
+    torch.manual_seed(0)
+    model, x = Normalised().train(), 3 + noise(2, 5, 24)
+    eager = copy.deepcopy(model)
+    compiled = _compile(model, inner="aot_eager")
+    for _ in range(2):
+        compiled(x), eager(x)
+    assert len(sqa_fx.last_plan(model).sites) == 1
+    torch.testing.assert_close(model.norm.running_mean, eager.norm.running_mean)
+    torch.testing.assert_close(model.norm.running_var, eager.norm.running_var)
+    assert int(model.norm.num_batches_tracked or 0) == 2
+
+
+def test_only_graphs_that_write_are_made_functional(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = aot_export_module
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("sqa_fx.dynamo_graph.aot_export_module", counted)
+    _compile(_small())(noise(2, 5, 24))
+    assert not made
+    _compile(Counting().eval())(noise(2, 5, 24))
+    assert len(made) == 1
 
 
 class Doubled(torch.autograd.Function):
