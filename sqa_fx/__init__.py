@@ -17,6 +17,8 @@ from sqa_fx.module import ConvertedModule, load
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
+from sqa_fx.surgery import SurgeryReport, convert_
+from sqa_fx.surgery_record import Surgery
 from sqa_fx.version import __version__
 
 __all__ = [
@@ -30,10 +32,13 @@ __all__ = [
     "Plan",
     "Report",
     "SqaError",
+    "Surgery",
+    "SurgeryReport",
     "__version__",
     "backend",
     "compiled_graphs",
     "convert",
+    "convert_",
     "convert_checkpoint",
     "convert_for_generation",
     "evaluate",

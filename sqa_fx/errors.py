@@ -41,6 +41,10 @@ class VerifyError(SqaError):
     exit_code = 1
 
 
+class SurgeryError(SqaError):
+    """A model could not be changed in place; it is as it was before. The message says what was tried and why."""
+
+
 class HealError(SqaError):
     """Healing failed underway (a loss that is not finite, an error in the model); the student is as it was before."""
 

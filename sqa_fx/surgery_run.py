@@ -1,0 +1,80 @@
+"""Eager calls of a model under surgery: in eval mode, undisturbed, with other tensors under its parameters' names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from sqa_fx.partly import tensors_of
+from sqa_fx.passes.capture_ways import fresh
+from sqa_fx.passes.eager_widened import EagerWidened, WideOperands, widened
+from sqa_fx.passes.record import undisturbed
+from sqa_fx.passes.verify import TOLERANCE, distance
+from sqa_fx.surgery_record import read
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within; every module's own mode behind."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model's tensors of these names hold other values, of other shapes even, within. The tensors stay the very
+    objects, so that ties, hooks and flags stay, too."""
+    held = [(read(model, name), value) for name, value in tensors.items()]
+    before = [(tensor, tensor.data) for tensor, _ in held]
+    try:
+        for tensor, value in held:
+            tensor.data = value
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def run(model: nn.Module, inputs: Inputs, mode: EagerWidened) -> Any:
+    """What the model returns. Raises whatever the model raises."""
+    args, kwargs = fresh(inputs)
+    if mode.wide:
+        args, kwargs = pytree.tree_map(widened, (args, kwargs))
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64 if mode.wide else default)
+        with undisturbed(model), mode, WideOperands() if mode.wide else contextlib.nullcontext():
+            return model(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's outputs, caches of registered classes and plain objects included."""
+    return [t for leaf in pytree.tree_leaves(outputs) for t in tensors_of(leaf)]
+
+
+def farthest(expected: Sequence[Tensor], actual: Sequence[Tensor], same_shape_only: bool = False) -> float:
+    """The largest relative error among pairs of tensors. With ``same_shape_only``, pairs of other shapes (which carry
+    heads) do not count, and without any pair there is nothing to say: 0."""
+    if len(expected) != len(actual):
+        return 0.0 if same_shape_only else float("inf")
+    pairs = [(e, a) for e, a in zip(expected, actual, strict=True) if not same_shape_only or e.shape == a.shape]
+    return max((distance(e, a.to(e.dtype)) for e, a in pairs), default=0.0)
+
+
+def tolerance_of(tensors: Sequence[Tensor]) -> float:
+    """What the error may be by the lowest of the tensors' dtypes."""
+    return max([TOLERANCE[torch.float64], *(TOLERANCE.get(t.dtype, 0.0) for t in tensors if t.is_floating_point())])
