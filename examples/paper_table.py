@@ -16,24 +16,21 @@ processes, each on a GPU of its own. STEM.json and STEM.md are written after eve
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import paper_figures
 import torch
-from measured_rows import MeasuredRows, arguments, merged
+from measured_rows import MeasuredRows, arguments
 from paper_measure import MODES, WAYS, PaperBench
 from paper_model import Sizes
 from paper_report import report
+from parallel_runs import in_processes, merge
 
 from sqa_fx.environment import environment
 from sqa_fx.errors import SqaError
 from sqa_fx.export import PRECISIONS
-from sqa_fx.whole_file import write_whole
 
 KEY = ("variant", "mode", "length", "batch")
 SIZES = [f"{length}x{paper_figures.BATCHES[length]}" for length in paper_figures.LENGTHS]
@@ -95,31 +92,6 @@ def measure(options: argparse.Namespace) -> None:
     rows.say("complete")
 
 
-def measure_in_processes(options: argparse.Namespace, given: list[str]) -> int:
-    """Every process takes its share of the variants and writes a file of its own; then one table of all."""
-    parts, processes = [], []
-    for job in range(options.jobs):
-        own = options.variants[job :: options.jobs]
-        if not own:
-            continue
-        parts.append(options.out.with_name(f"{options.out.name}_{job}"))
-        command = [sys.executable, __file__, *given, "--jobs", "1", "--variants", *own, "--out", str(parts[-1])]
-        # A process sees its GPU only; one that is named by the caller's own choice stays that one.
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        device = seen[job] if len(seen) >= options.jobs else str(job)
-        processes.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": device}))
-    codes = [process.wait() for process in processes]
-    merge(options, [part.with_suffix(".json") for part in parts if part.with_suffix(".json").exists()])
-    return max(codes)
-
-
-def merge(options: argparse.Namespace, files: list[Path]) -> None:
-    """One table of several files."""
-    content = merged([json.loads(path.read_text(encoding="utf-8")) for path in files])
-    write_whole(options.out.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode(), overwrite=True)
-    write_whole(options.out.with_suffix(".md"), report(content).encode(), overwrite=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure or merge, and print the table."""
     given = sys.argv[1:] if argv is None else argv
@@ -131,15 +103,15 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         if options.merge:
-            merge(options, options.merge)
+            merge(options.out, options.merge, report)
         elif options.jobs > 1:
-            code = measure_in_processes(options, given)
+            code = in_processes(__file__, options, given, "--variants", options.variants, report)
         else:
             measure(options)
     except SqaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if options.jobs == 1 and options.out.with_suffix(".md").exists():
+    if options.out.with_suffix(".md").exists():
         print(options.out.with_suffix(".md").read_text(encoding="utf-8"))
     return code
 
