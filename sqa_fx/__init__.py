@@ -16,6 +16,7 @@ from sqa_fx.heal_report import HealReport
 from sqa_fx.module import ConvertedModule, load
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
+from sqa_fx.pretrained import from_pretrained
 from sqa_fx.report import Report
 from sqa_fx.surgery import SurgeryReport, convert_
 from sqa_fx.surgery_record import Surgery
@@ -43,6 +44,7 @@ __all__ = [
     "convert_for_generation",
     "evaluate",
     "export",
+    "from_pretrained",
     "heal",
     "inspect",
     "last_plan",

@@ -21,12 +21,14 @@ from sqa_fx.plan import Plan
 from sqa_fx.report import Report
 from sqa_fx.request import HeadChoice, KvMerge, Request
 from sqa_fx.surgery_candidates import Owners, Variable, owner_groups, variables
+from sqa_fx.surgery_classes import narrow_classes, reclassed
 from sqa_fx.surgery_commit import commit
+from sqa_fx.surgery_layout import arranged_plan, arranged_tensors, orders
 from sqa_fx.surgery_proof import Comparison, Converted, SurgeryProof
 from sqa_fx.surgery_reads import Reads, recording
 from sqa_fx.surgery_record import Resized, Surgery, read
 from sqa_fx.surgery_run import Inputs, evaluating, holding
-from sqa_fx.surgery_search import Assignment, Trial, changed, search
+from sqa_fx.surgery_search import Assignment, Found, Trial, changed, search
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class SurgeryReport:
     eager module computes what the converted graph computes."""
 
     plan: Plan
+    layout: Plan
+    """The plan with kept heads in the order that the module's own code expects in fused parameters: cutting a
+    checkpoint by it gives the module's state dict."""
     report: Report
     surgery: Surgery
     proof: SurgeryProof
@@ -122,22 +127,35 @@ def convert_(
         inputs = _example(converted, args, kwargs)
         cut = _cut_tensors(model, converted)
         operation = _prepared(model, converted, inputs)
-        with holding(model, cut):
-            found = search(operation.trial, operation.choices, operation.wrong)
-        if found.fault is not None:
-            where = f" in {found.fault.where}" if found.fault.where else ""
-            tried = ", ".join(dict.fromkeys(f"{v.becomes(v.old).pattern}.{v.becomes(v.old).attribute}={v.old}"
-                                            for v in operation.choices))  # fmt: skip
-            raise SurgeryError(
-                f"the model cannot be converted in place; it is as it was. With {_said(found.changes)} it fails"
-                f"{where}: {found.fault.why}. Tried in {found.runs} runs: "
-                f"{tried or 'nothing that it reads is a head count'}. "
-                "Its head counts may be written into its code, or follow from other sizes; convert() makes a module of "
-                "its own instead"
-            )
-        surgery = Surgery(_resized(converted.plan, cut), found.changes)
-        proof = commit(model, surgery, cut, operation.comparison)
-    return SurgeryReport(converted.plan, converted.report, surgery, proof, found.runs)
+        kinds, flags = narrow_classes(model, cut)
+        runs, failed = 0, []
+        for order in orders(converted.plan):
+            arranged = arranged_tensors(cut, converted.plan, order)
+            with holding(model, arranged), reclassed(model, kinds), changed(model, flags):
+                found = search(operation.trial, operation.choices, operation.wrong)
+            runs = operation.trial.runs
+            if found.fault is None:
+                break
+            failed.append(found)
+        else:
+            raise _refusal(max(failed, key=lambda f: f.fault.passed if f.fault else 0), operation.choices, runs)
+        surgery = Surgery(_resized(converted.plan, cut), (*flags, *found.changes), kinds)
+        proof = commit(model, surgery, arranged, operation.comparison)
+    layout = arranged_plan(converted.plan, order)
+    return SurgeryReport(converted.plan, layout, converted.report, surgery, proof, runs)
+
+
+def _refusal(found: Found, choices: Sequence[Variable], runs: int) -> SurgeryError:
+    """Why nothing could be proved, and what was tried."""
+    assert found.fault is not None
+    where = f" in {found.fault.where}" if found.fault.where else ""
+    changes = "; ".join(c.line() for c in found.changes) if found.changes else "cut weights alone"
+    tried = ", ".join(dict.fromkeys(f"{c.pattern}: {c.attribute}={c.old}" for c in (v.becomes(v.old) for v in choices)))
+    return SurgeryError(
+        f"the model cannot be converted in place; it is as it was. With {changes} it fails{where}: {found.fault.why}. "
+        f"Tried in {runs} runs: {tried or 'nothing, since it reads no number that could be a head count'}. Its head "
+        "counts may be written into its code, or follow from other sizes; convert() makes a module of its own instead"
+    )
 
 
 @dataclass
@@ -222,7 +240,3 @@ def _restricted(plan: Plan, names: Sequence[str]) -> Plan:
 
 def _resized(plan: Plan, cut: Mapping[str, Tensor]) -> tuple[Resized, ...]:
     return tuple(Resized(p.name, p.axis, p.size) for p in plan.parameters if p.name in cut and p.size[0] != p.size[1])
-
-
-def _said(changes: Assignment) -> str:
-    return "; ".join(c.line() for c in changes) if changes else "cut weights alone"

@@ -26,6 +26,11 @@ def commit(model: nn.Module, surgery: Surgery, cut: Mapping[str, Tensor], compar
         ]:
             undo.callback(_put_back, module, name, vars(module).get(name, _ABSENT))
             vars(module)[name] = value
+        for change in surgery.classes:
+            for path in change.modules:
+                module = model.get_submodule(path)
+                undo.callback(setattr, module, "__class__", type(module))
+                module.__class__ = change.classes()[1]
         for name, tensor in cut.items():
             held = read(model, name)
             undo.callback(setattr, held, "data", held.data)

@@ -7,12 +7,15 @@ JSON schema, version 1::
      "parameters": [{"name": "encoder.layer.0.attention.self.query.weight", "axis": 0, "size": [96, 48]}, ...],
      "attributes": [
        {"modules": ["encoder.layer.0.attention.self", ...], "path": ["num_attention_heads"], "old": 8, "new": 4},
-       {"modules": ["h.0.attn"], "path": ["config", "num_heads"], "old": 8, "new": 4}, ...]}
+       {"modules": ["h.0.attn"], "path": ["config", "num_heads"], "old": 8, "new": 4}, ...],
+     "classes": [{"modules": ["layers.0.self_attn"], "old": "torch.nn.MultiheadAttention",
+                  "new": "sqa_fx.narrow_attention.NarrowMultiheadAttention"}, ...]}
 
 ``parameters`` are the tensors (parameters, buffers, plain tensor attributes) that are shorter now along ``axis``; of
 tied ones, one name is listed. ``path`` leads from a module to the value: an attribute, then attributes of plain
 objects (a config), keys of mappings and indices of sequences. What lies between the module and the value is copied
-before it is changed, so that nobody else who holds it sees the change.
+before it is changed, so that nobody else who holds it sees the change. ``classes`` (may be left out) are modules of
+torch whose code cannot have fewer heads, and the subclass that they became; no other class is ever taken by name.
 """
 
 from __future__ import annotations
@@ -28,10 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from sqa_fx.errors import InputError
+from sqa_fx.narrow_attention import NarrowMultiheadAttention
 
 FORMAT = "sqa-fx-surgery"
 VERSION = 1
 Path = tuple[str | int, ...]
+_CLASSES: dict[tuple[str, str], tuple[type[nn.Module], type[nn.Module]]] = {
+    ("torch.nn.MultiheadAttention", "sqa_fx.narrow_attention.NarrowMultiheadAttention"): (
+        nn.MultiheadAttention,
+        NarrowMultiheadAttention,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Resized:
 
 @dataclass(frozen=True)
 class AttributeChange:
-    """The whole number at ``path`` of every module in ``modules`` became ``new``."""
+    """The whole number (or flag) at ``path`` of every module in ``modules`` became ``new``."""
 
     modules: tuple[str, ...]
     path: Path
@@ -69,15 +79,38 @@ class AttributeChange:
 
 
 @dataclass(frozen=True)
+class ClassChange:
+    """The modules became instances of a subclass of theirs that takes its head counts from its parameters."""
+
+    modules: tuple[str, ...]
+    old: str = "torch.nn.MultiheadAttention"
+    new: str = "sqa_fx.narrow_attention.NarrowMultiheadAttention"
+
+    def classes(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        """The two classes. Raises InputError for any others than those that this release knows."""
+        if (self.old, self.new) not in _CLASSES:
+            raise InputError(f"the record of surgery makes a {self.new} of a {self.old}, which is not known")
+        return _CLASSES[self.old, self.new]
+
+    def line(self) -> str:
+        """The change as one line of text."""
+        new = self.new.rpartition(".")[2]
+        return f"{AttributeChange(self.modules, ('class',), 0, 0).pattern}: {self.old} -> {new}"
+
+
+@dataclass(frozen=True)
 class Surgery:
     """All changes of shapes and attributes; see the module's docstring for the JSON schema."""
 
     parameters: tuple[Resized, ...] = ()
     attributes: tuple[AttributeChange, ...] = ()
+    classes: tuple[ClassChange, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-ready data."""
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not data["classes"]:
+            del data["classes"]
         return {"format": FORMAT, "version": VERSION, **data}
 
     @staticmethod
@@ -92,9 +125,13 @@ class Surgery:
                 tuple(Resized(str(p["name"]), _int(p["axis"]), _pair(p["size"])) for p in data["parameters"]),
                 tuple(
                     AttributeChange(
-                        tuple(str(m) for m in a["modules"]), _path(a["path"]), _int(a["old"]), _int(a["new"])
+                        tuple(str(m) for m in a["modules"]), _path(a["path"]), _number(a["old"]), _number(a["new"])
                     )
                     for a in data["attributes"]
+                ),
+                tuple(
+                    ClassChange(tuple(str(m) for m in c["modules"]), str(c["old"]), str(c["new"]))
+                    for c in data.get("classes", ())
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -113,6 +150,9 @@ class Surgery:
                 held.data = held.detach().narrow(entry.axis, 0, entry.size[1]).clone()
         for module, name, value in assignments(model, self.attributes):
             vars(module)[name] = value
+        for change in self.classes:
+            for path in change.modules:
+                model.get_submodule(path).__class__ = change.classes()[1]
         fit_layers(model, self.parameters)
 
     def check(self, model: nn.Module) -> None:
@@ -128,6 +168,10 @@ class Surgery:
                     f"{entry.name} is {shape}; the record of surgery expects {entry.size[0]} entries along axis "
                     f"{entry.axis}: the model was built from another configuration, or was operated on already"
                 )
+        for kind in self.classes:
+            for path in kind.modules:
+                if not _is_module(model, path) or type(model.get_submodule(path)) is not kind.classes()[0]:
+                    raise InputError(f"{path or 'the model'} is no {kind.old}, which the record of surgery changes")
         for change in self.attributes:
             for path in change.modules:
                 try:
@@ -142,7 +186,7 @@ class Surgery:
 
     def lines(self) -> list[str]:
         """The attributes that changed, a line each."""
-        return [change.line() for change in self.attributes]
+        return [*(change.line() for change in self.classes), *(change.line() for change in self.attributes)]
 
 
 def read(model: nn.Module, name: str) -> Any:
@@ -241,6 +285,18 @@ def fit_layers(model: nn.Module, resized: Iterable[Resized]) -> None:
     """Let in_features, out_features and the like of torch's own layers follow their resized weights."""
     for module, name, size in layer_sizes(model, resized):
         vars(module)[name] = size
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, bool) else _int(value)
 
 
 def _int(value: Any) -> int:
