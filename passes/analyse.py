@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from sqa_fx.passes.demand import CORE, Follower, Meets
+from sqa_fx.passes.demand import Follower
 from sqa_fx.passes.find import GraphFacts
+from sqa_fx.passes.following import CORE, Meets
 from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_heads
 from sqa_fx.passes.hints import shape_of
 from sqa_fx.passes.labels import Labels, aligned, heads, low, mixed_dims, single, varying

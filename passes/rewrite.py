@@ -19,9 +19,9 @@ from torch import fx
 
 from sqa_fx.errors import PlanError
 from sqa_fx.passes.cut_nodes import CutNodes
-from sqa_fx.passes.demand import CORE
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
+from sqa_fx.passes.following import CORE
 from sqa_fx.passes.graph import drop_dead_code
 from sqa_fx.passes.hints import depends_on_data, hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import low, single, varying

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sqa_fx.passes.demand import CORE
+from sqa_fx.passes.following import CORE
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.layout import head_entries
 from sqa_fx.passes.projection import Projection, readers
