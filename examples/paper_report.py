@@ -60,9 +60,9 @@ def verdicts(row: Row, layers: int) -> dict[str, bool]:
     f, found = figures(row, layers), {}
     if row["mode"] == "forward" and "paper" in f and "converted speedup" in f:
         found["as the paper"] = f["converted speedup"] >= f["paper"]
-    compared = [f[name] for name in ("converted / by hand", "backend / by hand") if name in f]
-    if compared:
-        found["as by hand"] = min(compared) >= AS_FAST
+    for name, way in (("as by hand", "converted"), ("backend as by hand", "backend")):
+        if f"{way} / by hand" in f:
+            found[name] = f[f"{way} / by hand"] >= AS_FAST
     if "attention / proportional" in f:
         found["proportional"] = abs(f["attention / proportional"] - 1) <= PROPORTIONAL
     if row["length"] >= IDEAL_FROM and "converted / ideal" in f:

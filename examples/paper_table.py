@@ -29,7 +29,7 @@ from paper_report import report
 from parallel_runs import in_processes, merge
 
 from sqa_fx.environment import environment
-from sqa_fx.errors import SqaError
+from sqa_fx.errors import InputError, SqaError
 from sqa_fx.export import PRECISIONS
 
 KEY = ("variant", "mode", "length", "batch")
@@ -105,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.merge:
             merge(options.out, options.merge, report)
         elif options.jobs > 1:
+            if options.device.startswith("cuda") and options.jobs > torch.cuda.device_count():
+                raise InputError(f"--jobs {options.jobs}, and there are {torch.cuda.device_count()} GPUs: models that "
+                                 "share one cannot be timed")  # fmt: skip
             code = in_processes(__file__, options, given, "--variants", options.variants, report)
         else:
             measure(options)
