@@ -73,17 +73,17 @@ def test_exports_serve_every_size(name: str, tmp_path: Path) -> None:
     _check(run, model, name, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "bert", "vit", "torch_encoder"])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "torch_encoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "vit"))]
+)
 def test_a_converted_model_compiles_without_graph_breaks(name: str) -> None:
     case, result = CASES[name], copy.deepcopy(_converted(name)[0])
     torch._dynamo.reset()
     compiled = torch.compile(result, backend="aot_eager", fullgraph=True)
-    for batch, length in ((2, 7), (3, 11), (2, 1)) if case.free_length else ((2, 7), (3, 7)):
+    for batch, length in ((2, 7), (3, 11)) if case.free_length else ((2, 7), (3, 7)):
         inputs = case.inputs(batch, length)
         for a, e in zip(tensors(compiled(**inputs)), tensors(result(**inputs)), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-    inputs = case.inputs(2, 7)
     torch.stack([t.square().mean() for t in tensors(compiled(**inputs)) if t.is_floating_point()]).sum().backward()
     gradients = {n: p.grad.clone() for n, p in result.named_parameters() if p.grad is not None}
     result.zero_grad()

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,11 @@ for line in sys.argv[1:]:
 """
 
 
-def test_examples(tmp_path: Path) -> None:
-    commands = [f"{name} {command} --out {tmp_path / name}" for name, command in SCRIPTS.items()]
+@pytest.mark.parametrize(
+    "scripts", [("llm", "tensorrt", "compared", "missing"), pytest.param(("vit", "diffusion"), marks=pytest.mark.slow)]
+)
+def test_examples(scripts: Sequence[str], tmp_path: Path) -> None:
+    commands = [f"{name} {SCRIPTS[name]} --out {tmp_path / name}" for name in scripts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(FOLDER)}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, *commands],
@@ -61,7 +65,7 @@ def test_examples(tmp_path: Path) -> None:
         check=False,
     )
     output, errors, skipped = done.stdout, done.stderr, []
-    for name in SCRIPTS:
+    for name in scripts:
         own, code, output = (*re.split(f"<{name} (.*)>\n", output, maxsplit=1), "", "")[:3]
         error, _, errors = errors.partition(f"<{name}>\n")
         if code == MISSING:
