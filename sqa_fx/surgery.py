@@ -20,6 +20,7 @@ from sqa_fx.passes.verify import Precision, masked_weights
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
 from sqa_fx.request import HeadChoice, KvMerge, Request
+from sqa_fx.surgery_calls import Function, further_calls
 from sqa_fx.surgery_candidates import Owners, Variable, owner_groups, variables
 from sqa_fx.surgery_classes import narrow_classes, reclassed
 from sqa_fx.surgery_commit import commit
@@ -65,7 +66,8 @@ class SurgeryReport:
                 f"{len(self.surgery.attributes)} attributes changed ({self.trials} trial runs)",
                 *(f"  {line}" for line in self.surgery.lines()),
                 f"proved against the converted graph in {p.precision}: relative error {p.error:.2e}, tolerance "
-                f"{p.tolerance:.0e}, sizes: {', '.join(p.sizes)}",
+                f"{p.tolerance:.0e}, sizes: {', '.join(p.sizes)}"
+                + (f"; called: {', '.join(p.calls)}" if p.calls else ""),
             ]
         )
 
@@ -88,6 +90,7 @@ def convert_(
     dynamic_shapes: DynamicShapes = "auto",
     verify: Precision | bool = True,
     allow_inexact: bool = False,
+    also: Sequence[Function] = (),
 ) -> SurgeryReport:
     """Convert ``model`` in place: it stays the module that it is, with fewer heads.
 
@@ -96,8 +99,10 @@ def convert_(
     its code takes head counts from are searched by value, among those that its forward pass reads: the fewest whose
     change makes the model compute what the converted graph computes. That is proved in eval mode for every output,
     at every size that the graph was proved at and the model takes, in float64 where the model can. A config that others
-    hold too is copied for the modules that need other numbers in it. Gradients of cut parameters are dropped; an
-    optimizer that has state for them must be made anew.
+    hold too is copied for the modules that need other numbers in it. The model is also compared with the masked
+    original when it is called with a padding mask and when it generates, where it can, and in the calls of ``also``:
+    functions that call the model that they get in ways in which it will be used. Gradients of cut parameters are
+    dropped; an optimizer that has state for them must be made anew.
 
     Raises what convert raises, InputError for parameters that cannot be cut in place (quantised, sharded), and
     SurgeryError when no change of attributes could be proved: head counts that are written into the code, or one number
@@ -126,7 +131,7 @@ def convert_(
             raise InputError("convert_ needs example inputs: args= or kwargs=")
         inputs = _example(converted, args, kwargs)
         cut = _cut_tensors(model, converted)
-        operation = _prepared(model, converted, inputs)
+        operation = _prepared(model, converted, inputs, also)
         kinds, flags = narrow_classes(model, cut)
         runs, failed = 0, []
         for order in orders(converted.plan):
@@ -172,7 +177,7 @@ class _Operation:
         return proof if isinstance(proof, str) else ""
 
 
-def _prepared(model: nn.Module, converted: Converted, inputs: Inputs) -> _Operation:
+def _prepared(model: nn.Module, converted: Converted, inputs: Inputs, also: Sequence[Function]) -> _Operation:
     """Run the masked original and note what it reads and gives; in float64 unless it cannot."""
     plan = converted.plan
     names = [p.name for p in plan.parameters if _held(model, p.name) is not None]
@@ -186,7 +191,7 @@ def _prepared(model: nn.Module, converted: Converted, inputs: Inputs) -> _Operat
             with holding(model, masked):
                 with recording(model, reads):
                     trial.learn()
-                comparison.add(model, inputs)
+                comparison.add(model, inputs, further_calls(model, inputs, also))
                 choices = variables(model, groups, reads)
             return _Operation(model, trial, comparison, choices)
         except Exception as error:

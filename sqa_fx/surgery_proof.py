@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from sqa_fx.passes.eager_widened import EagerWidened, widened
 from sqa_fx.passes.other_sizes import other_inputs
 from sqa_fx.passes.record import other_sizes, undisturbed
 from sqa_fx.passes.verify import distance
-from sqa_fx.surgery_run import Inputs, output_tensors, run, tolerance_of
+from sqa_fx.surgery_calls import FurtherCall
+from sqa_fx.surgery_run import Inputs, farthest, output_tensors, run, run_as, tolerance_of
 
 Converted = ConvertedModule | PartlyConvertedModule
 
@@ -33,6 +34,8 @@ class SurgeryProof:
     outputs: int
     """Tensors that were compared."""
     sizes: tuple[str, ...]
+    calls: tuple[str, ...] = ()
+    """Other ways of calling the model in which it was compared with the masked original."""
 
     def to_json(self) -> dict[str, Any]:
         """The proof as JSON-ready data."""
@@ -42,6 +45,7 @@ class SurgeryProof:
             "error": self.error,
             "outputs": self.outputs,
             "sizes": list(self.sizes),
+            "calls": list(self.calls),
         }
 
 
@@ -52,17 +56,25 @@ class _Case:
     expected: Any
 
 
+@dataclass(frozen=True)
+class _Further:
+    call: FurtherCall
+    expected: list[Tensor]
+
+
 class Comparison:
     """What the converted graph gives at the example sizes and at others, for comparing eager modules with."""
 
     def __init__(self, converted: Converted, wide: bool) -> None:
         self.converted, self.wide = converted, wide
         self.cases: list[_Case] = []
+        self.further: list[_Further] = []
 
-    def add(self, model: nn.Module, inputs: Inputs) -> None:
-        """Take up the example inputs and those at other sizes that ``model`` (with its masked weights) runs at.
+    def add(self, model: nn.Module, inputs: Inputs, further: Sequence[FurtherCall] = ()) -> None:
+        """Take up the example inputs and those at other sizes that ``model`` (with its masked weights) runs at, and
+        the ``further`` calls.
 
-        Raises whatever the converted graph raises at the example inputs.
+        Raises whatever the converted graph raises at the example inputs, and the model in a call that is required.
         """
         self.cases.append(_Case("example", inputs, self._outputs(inputs)))
         for label, forms in self._others(inputs):
@@ -73,6 +85,15 @@ class Comparison:
                 except Exception:  # sizes that the model itself, or a graph of it, does not take
                     continue
                 break
+
+        for call in further:
+            try:
+                outputs = output_tensors(run_as(model, call.function, EagerWidened(self.wide)))
+            except Exception:
+                if call.required:
+                    raise
+                continue  # the model cannot be called so
+            self.further.append(_Further(call, [t.detach().clone() for t in outputs]))
 
     def _others(self, inputs: Inputs) -> Iterator[tuple[str, list[Inputs]]]:
         if isinstance(self.converted, PartlyConvertedModule):
@@ -120,10 +141,20 @@ class Comparison:
                     )
                 worst = max(worst, apart)
             outputs += len(pairs)
+        for entry in self.further:
+            try:
+                made = run_as(model, entry.call.function, EagerWidened(self.wide))
+            except Exception as error:
+                return f"it does not run as {entry.call.label}: {reason(error)}"
+            apart, limit = farthest(entry.expected, output_tensors(made)), tolerance_of(entry.expected)
+            if not apart <= limit:
+                return f"called as {entry.call.label}, it differs from the masked original: relative error {apart:.1e}"
+            worst, allowed = max(worst, apart), max(allowed, limit)
         if not outputs:
             return "the model has no output that could be compared"
         precision = "float64" if self.wide else "the model's own dtype"
-        return SurgeryProof(precision, allowed, worst, outputs, tuple(case.label for case in self.cases))
+        sizes, calls = (case.label for case in self.cases), (entry.call.label for entry in self.further)
+        return SurgeryProof(precision, allowed, worst, outputs, tuple(sizes), tuple(calls))
 
 
 def _pairs(expected: Any, actual: Any) -> list[tuple[Tensor, Tensor]] | str:

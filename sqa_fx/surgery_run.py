@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,16 @@ def run(model: nn.Module, inputs: Inputs, mode: EagerWidened) -> Any:
     args, kwargs = fresh(inputs)
     if mode.wide:
         args, kwargs = pytree.tree_map(widened, (args, kwargs))
+    return run_as(model, lambda module: module(*args, **kwargs), mode)
+
+
+def run_as(model: nn.Module, function: Callable[[nn.Module], Any], mode: EagerWidened) -> Any:
+    """What ``function``, which calls the model in some way, returns. Raises whatever it raises."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64 if mode.wide else default)
         with undisturbed(model), mode, WideOperands() if mode.wide else contextlib.nullcontext():
-            return model(*args, **kwargs)
+            return function(model)
     finally:
         torch.set_default_dtype(default)
 
@@ -64,6 +69,14 @@ def run(model: nn.Module, inputs: Inputs, mode: EagerWidened) -> Any:
 def output_tensors(outputs: Any) -> list[Tensor]:
     """The tensors of a model's outputs, caches of registered classes and plain objects included."""
     return [t for leaf in pytree.tree_leaves(outputs) for t in tensors_of(leaf)]
+
+
+def farthest(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """The largest relative error among pairs of tensors of one shape; infinite where there is none."""
+    if len(expected) != len(actual):
+        return float("inf")
+    pairs = [(e, a) for e, a in zip(expected, actual, strict=True) if e.shape == a.shape]
+    return max((distance(e, a.to(e.dtype)) for e, a in pairs), default=float("inf"))
 
 
 def nearest(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:

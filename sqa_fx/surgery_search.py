@@ -23,7 +23,7 @@ from sqa_fx.surgery_candidates import Owners, Variable
 from sqa_fx.surgery_record import AttributeChange, assignments
 from sqa_fx.surgery_run import Inputs, nearest, output_tensors, run, tolerance_of
 
-TRIALS = 1500
+TRIALS = 600
 """Trial runs after which the search for one fault gives up."""
 _STEP, _FURTHER = 1.0, 0.3
 
