@@ -26,6 +26,7 @@ from sqa_fx.errors import CaptureError, InputError, PlanError
 from sqa_fx.inputs import example_inputs
 from sqa_fx.model_calls import LABELS, inputs_for
 from sqa_fx.module import ConvertedModule
+from sqa_fx.native import remember_stock
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.passes.budget import allot, budget_share
 from sqa_fx.passes.capture import Captured, capture
@@ -127,8 +128,8 @@ def convert(
     }
     if inputs is None:
         assert isinstance(model, nn.Module)
-        return DeferredModule(model, lambda a, k: _convert(model, a, k, **options))
-    return _convert(model, *inputs, **options)
+        return DeferredModule(model, lambda a, k: remember_stock(_convert(model, a, k, **options), model))
+    return remember_stock(_convert(model, *inputs, **options), model)
 
 
 def _convert(

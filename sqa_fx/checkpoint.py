@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from sqa_fx.checkpoint_cut import cuts_by_key
 from sqa_fx.checkpoint_journal import JOURNAL, MANIFEST, PLAN, Record
 from sqa_fx.checkpoint_layout import CheckpointFiles, read_checkpoint
+from sqa_fx.checkpoint_native import loading_finish, loading_notes
 from sqa_fx.checkpoint_plan import Planned, planned
 from sqa_fx.checkpoint_run import (
     Finish,
@@ -92,6 +93,7 @@ def convert_checkpoint(
     verify: bool = True,
     overwrite: bool = False,
     restart: bool = False,
+    native: bool = True,
     finish: Finish | None = None,
     on_bytes: OnBytes | None = None,
 ) -> CheckpointReport:
@@ -101,8 +103,13 @@ def convert_checkpoint(
     only read. The plan is ``plan``, or is made from its config.json by :func:`sqa_fx.plan` with ``hq``, ``hkv``,
     ``heads``, ``kv_merge``, ``allow_inexact``, ``args``, ``kwargs`` and ``dynamic_shapes``. Tensors that it names are
     cut in pieces, all others and all other files are copied (hidden files, and weights in other formats, are left out).
-    What is written has the bits that :func:`sqa_fx.convert` gives with the same plan; no proof is made, since nothing
-    is run.
+    What is written has the bits that :func:`sqa_fx.convert` gives with the same plan; the plan is not proved, since the
+    model is not run.
+
+    ``native`` searches fields of the config that say what the plan does: then config.json has them, and the stock class
+    of transformers loads the result. Names and shapes are compared for the whole model, outputs for a small sibling of
+    it with random weights. Where there are no such fields, ``sqa_fx.json`` says why, and holds what
+    :func:`sqa_fx.from_pretrained` needs; the report's notes say which it is.
 
     Everything is written to ``OUTPUT.partial``, which gets its name when it is complete, with the plan and a manifest
     (sizes in bytes and SHA-256 of all files, see :func:`sqa_fx.verify_checkpoint`) in it. A run that was killed is
@@ -113,8 +120,9 @@ def convert_checkpoint(
     100 MB, whatever the size of tensors, unless the plan has calibrated rotations or refitted projections: such tensors
     are held whole, a few times over in float64. ``verify`` reads every shard again from the file system and compares.
     ``overwrite`` replaces a complete result of an earlier conversion, ``restart`` forgets an unfinished one.
-    ``finish(directory, plan)`` is called before the directory is published, and may change files other than the
-    shards, such as config.json, which is otherwise a copy. ``on_bytes(written, total)`` is told of progress.
+    ``finish(directory, plan)`` is called before the directory is published, in place of that search, and may change
+    files other than the shards, such as config.json, which is otherwise a copy. ``on_bytes(written, total)`` is told of
+    progress.
 
     Raises MissingError (no checkpoint), InputError (a damaged shard or index, a full disk, a directory that exists or
     cannot be written, another unfinished run), PlanError (parameters without a tensor, quantised weights, an unfinished
@@ -144,6 +152,10 @@ def convert_checkpoint(
         request: dict[str, Any] = {"plan": _digest(plan)}
     else:
         request = request_of(hq, hkv, heads, kv_merge, allow_inexact, args, kwargs, dynamic_shapes)
+    if finish is None and native:
+        finish = loading_finish(Path(checkpoint))
+    elif not native:
+        request["native"] = False
     return convert_files(
         checkpoint,
         output,
@@ -230,7 +242,11 @@ def _report(
 ) -> CheckpointReport:
     cuts = cuts_by_key(plan, record.keys)
     after = sum(cuts[e.name].bytes(e) if e.name in cuts else e.bytes for e in files.entries.values())
-    notes = [*record.notes, "no proof was made: convert(model, plan=...) proves the plan where the weights fit"]
+    notes = [
+        *loading_notes(target),
+        *record.notes,
+        "the plan was not proved: convert(model, plan=...) does where the weights fit",
+    ]
     if finish is None and "config.json" in files.others:
         notes.append("config.json is a copy: it still says the original numbers of heads")
     return CheckpointReport(

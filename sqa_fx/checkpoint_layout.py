@@ -127,6 +127,11 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: Mapping[str,
         raise InputError(f"{path} does not name {more[0]!r}, which is in {held[more[0]]}: fetch the checkpoint again")
 
 
+def other_files(folder: Path) -> tuple[str, ...]:
+    """The files of a model's directory that are no weights: config, tokenizer and the like."""
+    return _other_files(folder, set())[0]
+
+
 def _other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files beside the weights: those to copy, and those that hold the original weights in another form."""
     copied: list[str] = []

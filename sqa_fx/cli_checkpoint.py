@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 import sqa_fx
 from sqa_fx.checkpoint import convert_checkpoint, convert_files, request_of
+from sqa_fx.checkpoint_native import Verdict, judge, loading_finish
 from sqa_fx.checkpoint_plan import Planned, planned
 from sqa_fx.cli_convert import add_request
 from sqa_fx.cli_values import head_choice, request, to_json
 from sqa_fx.errors import InputError
 from sqa_fx.inputs import parse_input_spec
+from sqa_fx.plan import Plan
 from sqa_fx.progress import hidden
 
 
@@ -50,6 +52,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this saved plan instead of --hq and --hkv")
     parser.add_argument("--jobs", type=int, metavar="N", help="shards written at a time (default: 4, at most the CPUs)")
     parser.add_argument("--no-verify", action="store_true", help="do not read every shard again to compare its SHA-256")
+    parser.add_argument(
+        "--no-native", action="store_true", help="leave config.json as it is, without a search for one that says SQA"
+    )
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run left in OUT_DIR.partial")
 
 
@@ -83,18 +88,20 @@ def run_convert(options: argparse.Namespace) -> int:
             "overwrite": options.overwrite,
             "restart": options.restart,
             "on_bytes": progress,
+            "finish": None if options.no_native else loading_finish(options.checkpoint, _judged_in_a_process),
         }
+        left_out: dict[str, Any] = {"native": False} if options.no_native else {}
         if options.plan is not None:
             if options.hq or options.hkv or options.heads or options.kv_merge:
                 raise InputError("--plan holds every choice: leave out --hq, --hkv, --heads and --kv-merge")
             loaded = sqa_fx.Plan.load(options.plan)
-            report = convert_checkpoint(options.checkpoint, options.output, plan=loaded, **common)
+            report = convert_checkpoint(options.checkpoint, options.output, plan=loaded, **left_out, **common)
         else:
             choices = _choices(options)
             report = convert_files(
                 options.checkpoint,
                 options.output,
-                request_of(**choices),
+                {**request_of(**choices), **left_out},
                 lambda: _in_a_process(options.checkpoint, choices),
                 **common,
             )
@@ -121,6 +128,18 @@ def _in_a_process(checkpoint: Path, choices: dict[str, Any]) -> Planned:
     """The plan, made in a process of its own, whose memory is free again when the shards are written."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_planned, checkpoint, choices).result()
+
+
+def _judged_in_a_process(checkpoint: Path, plan: Plan) -> Verdict:
+    """How the result loads, found out in a process of its own, whose memory is not this one's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_judged, checkpoint, plan).result()
+
+
+def _judged(checkpoint: Path, plan: Plan) -> Verdict:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return judge(checkpoint, plan)
 
 
 def _planned(checkpoint: Path, choices: dict[str, Any]) -> Planned:

@@ -86,7 +86,9 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """The arguments of an export: the format, and what the formats take."""
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write (huggingface: a directory)"
+    )
     parser.add_argument("--to", choices=FORMATS, help="the format (default: by suffix: .onnx, .pt2 is aoti, .ep)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="cast the model first (default: as it is)")
     parser.add_argument(
@@ -109,6 +111,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute-capability", metavar="sm_XX", help="the GPU to build for (tensorrt-rtx)")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT's, read and written")
     parser.add_argument("--strict", action="store_true", help="fail when torch_tensorrt leaves operators to PyTorch")
+    parser.add_argument(
+        "--original", metavar="MODEL", help="what a saved conversion was made from, for its config (huggingface)"
+    )
+    parser.add_argument("--no-native", action="store_true", help="do not search a config that says SQA (huggingface)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="as in save_pretrained, such as 5GB (huggingface)")
 
 
 def export_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,12 +134,19 @@ def export_options(options: argparse.Namespace) -> dict[str, Any]:
         ("compute_capability", ("tensorrt-rtx",)),
         ("timing_cache", ("tensorrt", "tensorrt-rtx")),
         ("strict", ("torch-tensorrt",)),
+        ("original", ("huggingface",)),
+        ("no_native", ("huggingface",)),
+        ("max_shard_size", ("huggingface",)),
     ):
         value = getattr(options, name)
         if value:
             if format_of(options.output, options.to) not in formats:
                 raise InputError(f"--{name.replace('_', '-')} belongs to --to {' or '.join(formats)}")
             given[name] = value
+    if given.pop("no_native", False):
+        given["native"] = False
+    if "original" in given:
+        given["original"] = load_model(given["original"]).module
     return given
 
 

@@ -31,7 +31,7 @@ from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "torch-tensorrt", "aoti")
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "torch-tensorrt", "aoti", "huggingface")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SUFFIX = {".onnx": "onnx", ".pt2": "aoti", ".ep": "torch-tensorrt"}
 _ENGINES = (".engine", ".plan")
@@ -100,7 +100,8 @@ def export(
     Args:
         model: a converted module brings its own example inputs and dynamic shapes.
         path: its suffix says the format where it can: ``.onnx``, ``.pt2`` (aoti), ``.ep`` (torch-tensorrt).
-        to: the format: onnx, tensorrt, tensorrt-rtx, torch-tensorrt or aoti.
+        to: the format: onnx, tensorrt, tensorrt-rtx, torch-tensorrt, aoti or huggingface, whose ``path`` is a directory
+            (its sidecar is ``sqa_fx_export.json`` in it, and says how the directory loads).
         precision: fp32, fp16 or bf16: a copy of the model is cast before it is captured. None keeps the model's own; a
             converted module has its own already.
         ranges: ``{"input_ids.1": (min, opt, max)}`` for dynamic axes; engines need a maximum for each.
@@ -108,7 +109,8 @@ def export(
             order until the check finds the file right, and the sidecar says which one was taken.
         check: run the file before it is published, where that is possible here, against the model in float64.
         options: those of the format: ``compute_capability``, ``workspace_bytes``, ``timing_cache`` (TensorRT),
-            ``strict`` and torch_tensorrt's own, ``options`` (Inductor's, for aoti), ``output_names`` (ONNX)...
+            ``strict`` and torch_tensorrt's own, ``options`` (Inductor's, for aoti), ``output_names`` (ONNX),
+            ``original``, ``surgery``, ``native`` and ``max_shard_size`` (huggingface)...
 
     Raises:
         InputError: unknown format, a path that exists or cannot be written, ranges that do not fit, a model without
@@ -117,6 +119,10 @@ def export(
         MissingError: a library or a GPU is missing. And whatever the exporter of the format raises.
     """
     form = format_of(Path(path), to)
+    if form == "huggingface":
+        if ranges or attention is not None or not check:
+            raise InputError("ranges, attention and check=False belong to engines: huggingface has none of them")
+        return _huggingface(model, Path(path), args, kwargs, precision, overwrite, progress, options)
     if precision is not None and precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if attention is not None and attention not in _CHOICES:
@@ -162,6 +168,32 @@ def export(
             publish(staged, target, (sidecar_path(target), *_data_files(form, target)))
         return Artifact(target, done)
     raise VerifyError(f"{target.name} was not written: {'; '.join(tried)}")
+
+
+def _huggingface(
+    model: nn.Module | torch.export.ExportedProgram,
+    path: Path,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    precision: str | None,
+    overwrite: bool,
+    progress: Callable[[str], None],
+    options: Mapping[str, Any],
+) -> Artifact:
+    """A directory instead of a file: it has its own checks, and its sidecar inside."""
+    from sqa_fx.exporters.to_huggingface import export_huggingface
+
+    if precision is not None:
+        raise InputError("precision: cast the model before converting it, sqa_fx.convert(model.to(dtype), ...)")
+    if isinstance(model, DeferredModule):
+        model = model._done()
+    if not isinstance(model, nn.Module):
+        raise InputError("an ExportedProgram is no transformers model: convert the model itself")
+    _refuse_unknown("huggingface", export_huggingface, options)
+    sidecar = export_huggingface(
+        model, path, args=args, kwargs=kwargs, overwrite=overwrite, progress=progress, **options
+    )
+    return Artifact(path.absolute(), sidecar)
 
 
 def format_of(path: Path, to: str | None) -> str:

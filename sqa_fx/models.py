@@ -72,7 +72,10 @@ def load_model(name: str, *, pretrained: bool = False) -> LoadedModel:
 
 def _from_saved(path: Path) -> LoadedModel:
     import sqa_fx
+    from sqa_fx.pretrained import from_pretrained, read_own
 
+    if read_own(path) is not None:
+        return LoadedModel(from_pretrained(path), None, None, f"{path} (sqa-fx, a transformers model)")
     converted = sqa_fx.load(path)
     return LoadedModel(converted, converted.example_args, converted.example_kwargs, f"{path} (sqa-fx)")
 

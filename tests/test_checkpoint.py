@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sqa_fx
+from sqa_fx import checkpoint as checkpoint_module
 from sqa_fx import checkpoint_weights, cli_checkpoint
 from sqa_fx.checkpoint_cut import Source, TensorCut
 from sqa_fx.checkpoint_format import read_header
@@ -64,6 +65,13 @@ def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("x")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How results load is the matter of test_huggingface_checkpoint.py."""
+    for module in (checkpoint_module, cli_checkpoint):
+        monkeypatch.setattr(module, "loading_finish", lambda *_: None)
 
 
 @pytest.fixture
