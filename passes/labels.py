@@ -364,3 +364,9 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def run_length(labels: torch.Tensor) -> int:
+    """How many equal labels stand in a row at the start."""
+    different = torch.nonzero(labels != labels[0]).reshape(-1)
+    return int(different[0]) if different.numel() else labels.numel()
