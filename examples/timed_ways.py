@@ -108,6 +108,5 @@ def attention_in_model(call: Callable[..., Any], args: tuple[Any, ...], dtype: t
     if not any(isinstance(a, Tensor) and a.is_cuda for a in args):
         raise MissingError("the kernels of a call are seen on a GPU only")
     kernels = gpu_kernels(Way("call", call, dtype), args, {}, calls=1)
-    # Inductor names its own kernels after every operator around them, attention among these.
-    own = [k.microseconds for k in kernels if k.attention and not k.name.startswith("triton_")]
+    own = [k.microseconds for k in kernels if k.attention]
     return math.fsum(own) / 1e3, math.fsum(k.microseconds for k in kernels) / 1e3

@@ -14,6 +14,9 @@ from sqa_fx.errors import MissingError
 from sqa_fx.runners import Runner
 
 _ATTENTION = re.compile(r"flash|fmha|mha_|_mha|attention|sdpa|softmax|soft_max", re.IGNORECASE)
+# Inductor names a kernel after all operators that it took in, also after an attention beside which it only moves heads.
+_INDUCTOR = re.compile(r"^triton_(?!tem_)")
+_SOFTMAX = re.compile(r"(?<!log)_softmax")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class KernelTime:
     @property
     def attention(self) -> bool:
         """Whether the name is that of a fused attention or a softmax."""
-        return _ATTENTION.search(self.name) is not None
+        pattern = _SOFTMAX if _INDUCTOR.match(self.name) else _ATTENTION
+        return pattern.search(self.name) is not None
 
 
 def gpu_kernels(runner: Runner, args: tuple[Any, ...], kwargs: Mapping[str, Any], calls: int = 3) -> list[KernelTime]:
