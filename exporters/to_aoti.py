@@ -23,7 +23,7 @@ from sqa_fx.exporters.sidecar import Sidecar, sidecar_path
 from sqa_fx.exporters.size_conditions import size_conditions
 from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.exporters.tensorrt_library import gpu_capability
-from sqa_fx.passes.ops import argument, op_name
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.plan import Plan
 
 SUFFIX = ".pt2"

@@ -15,7 +15,7 @@ from sqa_fx.passes.heads import HeadCount, count_heads, different_heads, unite_h
 from sqa_fx.passes.hints import shape_of
 from sqa_fx.passes.labels import Labels, aligned, heads, low, mixed_dims, single, varying
 from sqa_fx.passes.locate import place
-from sqa_fx.passes.ops import Aligned, Operand
+from sqa_fx.passes.op_kinds import Aligned, Operand
 from sqa_fx.passes.site import Core, Refused, Site, as_refused
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from sqa_fx.errors import CaptureError
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.capture_ways import (
     TRY,
     DynamicShapes,
@@ -25,7 +26,6 @@ from sqa_fx.passes.capture_ways import (
 from sqa_fx.passes.data_sizes import learn_data_sizes
 from sqa_fx.passes.graph import attribute, drop_dead_code
 from sqa_fx.passes.hints import is_free, is_tensor, value_of
-from sqa_fx.passes.ops import argument, op_name
 
 
 @dataclass

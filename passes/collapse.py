@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sqa_fx.passes.aten_call import argument, moved_from, op_name
 from sqa_fx.passes.hints import concrete, is_tensor, shape_of
-from sqa_fx.passes.ops import IDENTITY_MOVES, argument, moved_from, op_name
+from sqa_fx.passes.ops import IDENTITY_MOVES
 
 _RESHAPES = frozenset(
     "view _unsafe_view view_copy reshape flatten unflatten squeeze unsqueeze squeeze_copy view_as reshape_as".split()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, set_argument
 from sqa_fx.passes.emitter import Emitter
 from sqa_fx.passes.following import CORE
 from sqa_fx.passes.hints import shape_of, value_of
 from sqa_fx.passes.labels import low, run_length, single, varying
 from sqa_fx.passes.layout import DROP
-from sqa_fx.passes.ops import argument, set_argument
 from sqa_fx.passes.site import Core, Refused
 
 

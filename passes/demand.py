@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument
 from sqa_fx.passes.follow_caches import Caches
 from sqa_fx.passes.follow_forward import Forward
 from sqa_fx.passes.following import CORE
 from sqa_fx.passes.hints import shape_of
 from sqa_fx.passes.labels import Labels, aligned, compress, heads, join, join_over
-from sqa_fx.passes.ops import Aligned, argument, step
+from sqa_fx.passes.op_kinds import Aligned
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Core, Refused
 
 

@@ -14,7 +14,8 @@ from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.hints import hint, is_tensor, value_of
 from sqa_fx.passes.layout import Layout, NewShape
-from sqa_fx.passes.ops import Aligned, step
+from sqa_fx.passes.op_kinds import Aligned
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.resize import Resizer
 from sqa_fx.passes.site import Refused, Site
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.graph import constant_nodes, module_path
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import Carrier, aligned, heads, varying
-from sqa_fx.passes.ops import Aligned, Move, Opaque, argument, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move, Opaque
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Core, Refusal, Refused, as_refused
 
 SDPA = "scaled_dot_product_attention"

@@ -20,7 +20,8 @@ from sqa_fx.passes.labels import (
     single,
     varying,
 )
-from sqa_fx.passes.ops import Aligned, Move, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Kind, LeafUse, Refused
 
 

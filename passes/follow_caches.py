@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from sqa_fx.passes.aten_call import op_name
 from sqa_fx.passes.following import CORE, Following, only_leaves, only_moves
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import compress, varying
-from sqa_fx.passes.ops import Aligned, Move, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Refused
 
 

@@ -8,11 +8,13 @@ import operator
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.follow_backward import Backward
 from sqa_fx.passes.following import CORE, Meets, OwnedByKV, only_leaves
 from sqa_fx.passes.hints import is_tensor, shape_of
 from sqa_fx.passes.labels import EMPTY, Labels, aligned, compress, fill_gaps, mixed_dims, varying
-from sqa_fx.passes.ops import Aligned, Move, Operand, argument, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move, Operand
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Refused
 
 

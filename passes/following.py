@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import op_name
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.heads import HeadCount
 from sqa_fx.passes.hints import is_tensor
 from sqa_fx.passes.labels import Labels, high, low, pack
-from sqa_fx.passes.ops import Aligned, Move, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Core, Kind, Refused, Site
 
 CORE = "core"

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqa_fx.passes.aten_call import moved_from, op_name
 from sqa_fx.passes.collapse import passage
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.hints import concrete, hint, is_tensor, shape_of, value_of
-from sqa_fx.passes.ops import IDENTITY_MOVES, Aligned, Move, Operand, moved_from, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move, Operand
+from sqa_fx.passes.ops import IDENTITY_MOVES, step
 
 _SHIFT = 24
 _TOP = (1 << _SHIFT) - 1

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.graph import module_path
 from sqa_fx.passes.hints import hint, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import Labels, aligned, heads, join, varying
 from sqa_fx.passes.locate import Place, place
-from sqa_fx.passes.ops import Aligned, Move, argument, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.region import region, weights
 from sqa_fx.passes.site import Refusal, Site
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sqa_fx.passes.aten_call import argument
 from sqa_fx.passes.evaluate import constant_tensor
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import concrete, is_tensor, shape_of
-from sqa_fx.passes.ops import Aligned, Move, Operand, argument, step
+from sqa_fx.passes.op_kinds import Aligned, Move, Operand
+from sqa_fx.passes.ops import step
 
 
 @dataclass(frozen=True, eq=False)

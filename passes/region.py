@@ -10,7 +10,8 @@ from torch import fx
 from sqa_fx.passes.find import GraphFacts
 from sqa_fx.passes.hints import is_tensor, value_of
 from sqa_fx.passes.labels import aligned
-from sqa_fx.passes.ops import Aligned, Move, Operand, step
+from sqa_fx.passes.op_kinds import Aligned, Move, Operand
+from sqa_fx.passes.ops import step
 
 
 def region(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sqa_fx.passes.aten_call import op_name
 from sqa_fx.passes.hints import is_tensor, shape_of
-from sqa_fx.passes.ops import IDENTITY_MOVES, op_name
+from sqa_fx.passes.ops import IDENTITY_MOVES
 
 _RESHAPES = {*IDENTITY_MOVES, "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 _PASSES = {*_RESHAPES, "dropout", "_to_copy", "to"}

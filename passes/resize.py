@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, moved_from, op_name
 from sqa_fx.passes.hints import concrete, hint, shape_of, value_of
 from sqa_fx.passes.layout import NewShape
-from sqa_fx.passes.ops import argument, moved_from, op_name
 from sqa_fx.passes.site import Refused
 
 Emit = Callable[..., fx.Node]

@@ -14,10 +14,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from sqa_fx.passes.aten_call import argument, op_name, set_argument
 from sqa_fx.passes.evaluate import constant_tensor, size_at, size_symbols
 from sqa_fx.passes.graph import attribute, drop_dead_code, fake_mode_of
 from sqa_fx.passes.hints import is_tensor, value_of
-from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.passes.propagate import FakeResults
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

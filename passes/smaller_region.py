@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sqa_fx.passes.aten_call import argument, moved_from, op_name
 from sqa_fx.passes.core_emitter import CoreEmitter
 from sqa_fx.passes.cut_nodes import CutNodes
 from sqa_fx.passes.find import GraphFacts
@@ -16,7 +17,8 @@ from sqa_fx.passes.following import CORE
 from sqa_fx.passes.hints import depends_on_data, is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import run_length, varying
 from sqa_fx.passes.layout import DROP, Layout, NewShape
-from sqa_fx.passes.ops import Aligned, Move, argument, moved_from, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.site import LeafUse, Refused, Site
 

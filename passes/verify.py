@@ -16,9 +16,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from sqa_fx.errors import PlanError, VerifyError
+from sqa_fx.passes.aten_call import op_name
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.locate import named, place
-from sqa_fx.passes.ops import op_name
 from sqa_fx.passes.other_sizes import other_inputs
 from sqa_fx.passes.parameters import cut_tensor, mean
 from sqa_fx.passes.rotation import turned_weights

@@ -26,10 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sqa_fx.calls import CallBinder
 from sqa_fx.errors import InputError, first_line
 from sqa_fx.module import ConvertedModule
+from sqa_fx.passes.aten_call import argument
 from sqa_fx.passes.capture import capture
 from sqa_fx.passes.find import GraphFacts, find_cores
 from sqa_fx.passes.labels import aligned
-from sqa_fx.passes.ops import argument
 from sqa_fx.passes.site import Core
 
 Model = ConvertedModule | torch.export.ExportedProgram

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
+from sqa_fx.passes.aten_call import op_name
 from sqa_fx.passes.find import SDPA, SOFTMAX
 from sqa_fx.passes.hints import hint, value_of
-from sqa_fx.passes.ops import op_name
 
 _PART = "submod_"  # how split_module names the parts
 

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 from sqa_fx.calibration import Spool
 from sqa_fx.errors import PlanError
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.capture import Captured, clone_graph, dynamic_sizes
 from sqa_fx.passes.cut_nodes import Holders, cut_unread
 from sqa_fx.passes.find import SDPA
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.hints import hint, value_of
 from sqa_fx.passes.locate import named, nodes_at
-from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.passes.parameters import cut_tensor
 from sqa_fx.passes.pipeline import Analysis, Timings, run_passes
 from sqa_fx.passes.record import Call

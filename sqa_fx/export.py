@@ -26,8 +26,8 @@ from sqa_fx.exporters.target_file import check_target, publish, staging
 from sqa_fx.inputs import Inputs, example_inputs, vocabulary_size
 from sqa_fx.module import ConvertedModule
 from sqa_fx.partly import PartlyConvertedModule
+from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.capture_ways import automatic_shapes
-from sqa_fx.passes.ops import argument, op_name
 from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 

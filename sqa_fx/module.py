@@ -19,8 +19,8 @@ from sqa_fx.calls import CallBinder, signature_from_json, signature_to_json
 from sqa_fx.checkpointing import in_segments
 from sqa_fx.errors import InputError
 from sqa_fx.flat_program import widened_outputs
+from sqa_fx.passes.aten_call import argument, op_name, set_argument
 from sqa_fx.passes.capture import dropout_nodes
-from sqa_fx.passes.ops import argument, op_name, set_argument
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
 

@@ -9,9 +9,11 @@ from typing import Literal
 
 from torch import fx
 
+from sqa_fx.passes.aten_call import moved_from, op_name
 from sqa_fx.passes.hints import is_tensor, shape_of, value_of
 from sqa_fx.passes.labels import EMPTY, varying
-from sqa_fx.passes.ops import Aligned, Move, moved_from, op_name, step
+from sqa_fx.passes.op_kinds import Aligned, Move
+from sqa_fx.passes.ops import step
 from sqa_fx.passes.pipeline import Analysis
 from sqa_fx.passes.region import region
 from sqa_fx.passes.site import Refusal, Site

@@ -19,7 +19,7 @@ from sqa_fx import ConvertedModule
 from sqa_fx.cli import main
 from sqa_fx.divergence import Build, attention_outputs, first_divergent_site, onnx_engine
 from sqa_fx.errors import InputError, MissingError, NoAttentionError
-from sqa_fx.passes.ops import op_name, set_argument
+from sqa_fx.passes.aten_call import op_name, set_argument
 from sqa_fx.runners import EagerRunner, Runner
 
 SITES = [f"blocks.{i}" for i in range(4)]
