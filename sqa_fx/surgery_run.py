@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqa_fx.passes.capture_ways import fresh
 from sqa_fx.passes.eager_widened import EagerWidened, WideOperands, widened
 from sqa_fx.passes.record import undisturbed
 from sqa_fx.passes.verify import TOLERANCE, distance
+from sqa_fx.surgery_reads import is_plain
 from sqa_fx.surgery_record import read
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,6 +32,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+@contextlib.contextmanager
+def contents_kept(model: nn.Module) -> Iterator[None]:
+    """What the model's code puts into containers and plain objects that its modules hold (a table of biases by device,
+    a field of a config) is taken out again: it was computed from other weights."""
+    tables: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, dict | list | set) and name not in _OWN:
+                tables[id(value)] = value, copy.copy(value)
+            elif is_plain(value) and type(vars(value)) is dict:
+                tables[id(vars(value))] = vars(value), dict(vars(value))
+    try:
+        yield
+    finally:
+        for held, before in tables.values():
+            if len(held) != len(before) or not _same_contents(held, before):
+                held.clear()
+                (held.extend if isinstance(held, list) else held.update)(before)
+
+
+def _same_contents(held: Any, before: Any) -> bool:
+    if isinstance(held, dict):
+        return all(name in before and before[name] is value for name, value in held.items())
+    return isinstance(held, set) or all(a is b for a, b in zip(held, before, strict=True))
 
 
 @contextlib.contextmanager
@@ -60,7 +91,7 @@ def run_as(model: nn.Module, function: Callable[[nn.Module], Any], mode: EagerWi
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64 if mode.wide else default)
-        with undisturbed(model), mode, WideOperands() if mode.wide else contextlib.nullcontext():
+        with contents_kept(model), undisturbed(model), mode, WideOperands() if mode.wide else contextlib.nullcontext():
             return function(model)
     finally:
         torch.set_default_dtype(default)

@@ -166,6 +166,8 @@ def search(trial: Trial, choices: Sequence[Variable], proves: Callable[[Assignme
     while fault.why:
         better = _mended(changes, fault, _pool(trial, choices, fault), judged)
         if better is None:
+            # What got farthest says most about what is in the way.
+            changes, fault = max(known.items(), key=lambda k: (k[1].passed, k[1].operations, -len(k[0])))
             return Found(changes, fault, trial.runs)
         changes = better
         fault = judged(changes)
