@@ -27,10 +27,11 @@ from sqa_fx.operated import Operated, find_surgery, operated, with_tokens
 from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
 from sqa_fx.pretrained import from_pretrained as own_from_pretrained
-from sqa_fx.pretrained import own_bytes, read_own
+from sqa_fx.pretrained import own_bytes
 from sqa_fx.stock_model import Stock, auto_class, quiet
 from sqa_fx.storage import META
 from sqa_fx.surgery import SurgeryReport
+from sqa_fx.surgery_layout import Order, arranged_plan
 from sqa_fx.surgery_record import Surgery
 
 SIDECAR = "sqa_fx_export"
@@ -61,6 +62,7 @@ class _Written:
     proof: Mapping[str, Any] | None
     notes: tuple[str, ...]
     fields: Mapping[str, Any] | None = None
+    order: Order = "plan"
 
 
 def export_huggingface(
@@ -112,8 +114,8 @@ def export_huggingface(
 
 
 def plan_of(model: nn.Module, surgery: SurgeryReport | None) -> Plan:
-    """What was done to the model."""
-    plan: Plan = model.plan if surgery is None else surgery.plan  # type: ignore[assignment]
+    """What was done to the model, heads in fused parameters in the order in which they lie."""
+    plan: Plan = model.plan if surgery is None else surgery.layout  # type: ignore[assignment]
     return plan
 
 
@@ -185,7 +187,7 @@ def _write_native(job: _Job, found: Native, staged: Path) -> _Written:
     if wrong:
         raise VerifyError(f"{auto.__name__} finds other tensors: {', '.join(map(str, wrong[:5]))}")
     proof = _compared(job, found.model, loaded.eval(), found.proof)
-    return _Written(f"natively, with {auto.__name__}", "native", None, proof.to_json(), (), found.fields)
+    return _Written(f"natively, with {auto.__name__}", "native", None, proof.to_json(), (), found.fields, found.order)
 
 
 def _write_operated(job: _Job, surgery: Surgery, why: str, staged: Path) -> _Written | str:
@@ -200,15 +202,15 @@ def _write_operated(job: _Job, surgery: Surgery, why: str, staged: Path) -> _Wri
         config.architectures = [job.stock.name]
         config.dtype = made.model.dtype
         config.save_pretrained(staged)
-        (staged / META).write_bytes(own_bytes(job.stock.name, why, surgery, job.plan.to_json(), made.proof.to_json()))
+        layout = arranged_plan(job.plan, made.order).to_json()
+        (staged / META).write_bytes(own_bytes(job.stock.name, why, surgery, layout, made.proof.to_json()))
         proof = _compared(job, made.model, own_from_pretrained(staged), made.proof)
     except SqaError as error:
         shutil.rmtree(staged, ignore_errors=True)
         return first_line(error)
-    data = read_own(staged)
-    assert data is not None
-    (staged / META).write_bytes(own_bytes(job.stock.name, why, surgery, job.plan.to_json(), proof.to_json()))
-    return _Written("needs sqa_fx.from_pretrained", "surgery", why, proof.to_json(), tuple(surgery.lines()))
+    (staged / META).write_bytes(own_bytes(job.stock.name, why, surgery, layout, proof.to_json()))
+    lines = tuple(surgery.lines())
+    return _Written("needs sqa_fx.from_pretrained", "surgery", why, proof.to_json(), lines, order=made.order)
 
 
 def _save(job: _Job, model: Any, staged: Path) -> None:
@@ -262,7 +264,7 @@ def _sidecar(job: _Job, written: _Written, copied: Sequence[str], staged: Path) 
         inputs=input_specs(program) if program is not None else (),
         outputs=output_specs(program) if program is not None else (),
         precision=precision_of(program) if program is not None else None,
-        plan=job.plan.to_json(),
+        plan=arranged_plan(job.plan, written.order).to_json(),
         versions=versions("transformers", "safetensors"),
         files={
             path.relative_to(staged).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}

@@ -48,6 +48,8 @@ class Verdict:
     """What loads it; "" where that is not a class of transformers."""
     fields: Mapping[str, int] = field(default_factory=dict)
     """The fields of the config that change, by dotted path."""
+    config: Mapping[str, Any] | None = None
+    """The new content of config.json; None where it does not load natively."""
     why: str = ""
     """Why it does not load natively; "" where it does."""
     proved: str = ""
@@ -56,7 +58,7 @@ class Verdict:
     @property
     def native(self) -> bool:
         """True when a stock class loads it."""
-        return not self.why
+        return self.config is not None
 
 
 def judge(checkpoint: Path, plan: Plan) -> Verdict:
@@ -75,20 +77,24 @@ def judge(checkpoint: Path, plan: Plan) -> Verdict:
     uneven = unevenness(plan)
     if uneven is not None:
         reasons.append(f"{uneven}, and a field of the config holds for all of them")
-    surgery: Mapping[str, Any] | None = None
     for number, sibling in enumerate(_converted_siblings(stock, plan, reasons)):
         if uneven is None:
             found = _native(sibling, search, reasons)
             if found is not None:
-                changes, proved = found
-                return Verdict(name, auto_class(stock).__name__, fields_of(changes), "", proved)
+                fields, proved = fields_of(found[0]), found[1]
+                try:
+                    raw = json.loads((checkpoint / "config.json").read_bytes())
+                    config = native_config(raw, stock, fields)
+                    return Verdict(name, auto_class(stock).__name__, fields, config, proved=proved)
+                except VerifyError as error:
+                    reasons.insert(0, first_line(error))
         made, said = _operated(sibling, stock, bare, plan, wanted)
         if made is not None:
             return Verdict(name, "", why=reasons[0], proved=said, surgery=made)
         reasons.append(said)
         if number:
             break
-    return Verdict(name, "", why="; ".join(dict.fromkeys(reasons)) or "no small sibling could be made", surgery=surgery)
+    return Verdict(name, "", why="; ".join(dict.fromkeys(reasons)) or "no small sibling could be made")
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def _operated(
         return None, f"surgery on the stock class fails: {record}"
     reference = sibling.converted
     sets = input_sets(reference, sibling.inputs)
-    made = operated(sibling.stock, record, reference, reference.plan, reference.state_dict(), sets)
+    made = operated(sibling.stock, record, reference, reference.plan, reference.state_dict(), sets, ("plan",))
     if isinstance(made, str):
         return None, f"surgery on the stock class fails: {made}"
     try:
@@ -214,11 +220,8 @@ def loading_finish(checkpoint: Path, judged: Callable[[Path, Plan], Verdict] = j
 
     def finish(folder: Path, plan: Plan) -> None:
         verdict = judged(checkpoint, plan)
-        if verdict.native:
-            stock = stock_of_config(checkpoint)
-            raw = json.loads((checkpoint / "config.json").read_bytes())
-            config = native_config(raw, stock, verdict.fields)
-            write_durably(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if verdict.config is not None:
+            write_durably(folder / "config.json", (json.dumps(verdict.config, indent=2) + "\n").encode())
             said = {"loads_with": verdict.auto, "fields": dict(verdict.fields), "proved": verdict.proved}
             write_durably(folder / NATIVE, (json.dumps(said, indent=1) + "\n").encode())
             return

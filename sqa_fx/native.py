@@ -19,6 +19,7 @@ from sqa_fx.partly import PartlyConvertedModule
 from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 from sqa_fx.stock_model import Stock, stock_of, with_values
+from sqa_fx.surgery_layout import Order, arranged_tensors, orders
 
 _Converted = TypeVar("_Converted", ConvertedModule, PartlyConvertedModule, ConvertedModule | PartlyConvertedModule)
 
@@ -33,6 +34,8 @@ class Native:
     model: Any
     changes: tuple[Change, ...]
     proof: NativeProof
+    order: Order = "plan"
+    """In which order the heads lie in fused parameters: the class may expect another one than the plan's."""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -58,12 +61,13 @@ def find_native(
     failures: list[str] = []
     for changes in search.candidates():
         fields = with_values(stock.fields, [(c.path, c.value) for c in changes])
-        try:
-            model = filled(stock, fields, state, module_dtype(reference))
-            return Native(model, changes, prove_native(reference, model, plan, sets))
-        except VerifyError as error:
-            failures.append(f"with {', '.join(map(str, changes))} the shapes are right, but {first_line(error)}")
-        if len(failures) == MOST_PROOFS:
+        for order in orders(plan):
+            try:
+                model = filled(stock, fields, arranged_tensors(state, plan, order), module_dtype(reference))
+                return Native(model, changes, prove_native(reference, model, plan, sets, order), order)
+            except VerifyError as error:
+                failures.append(f"with {', '.join(map(str, changes))} the shapes are right, but {first_line(error)}")
+        if len(failures) >= MOST_PROOFS:
             break
     return NotNative(failures[0] if failures else no_fields(stock, search))
 

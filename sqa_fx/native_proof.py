@@ -28,6 +28,7 @@ from sqa_fx.passes.verify import TOLERANCE, distance
 from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 from sqa_fx.stock_model import quiet
+from sqa_fx.surgery_layout import Order, arranged_tensors
 
 _LOOSEST = TOLERANCE[torch.float32]  # stock classes cast to float32 on the way (norms, rotary embedding)
 _NOTICED = 20.0
@@ -85,19 +86,21 @@ def input_sets(reference: nn.Module, example: Inputs) -> list[tuple[str, Inputs]
     return found
 
 
-def prove_native(reference: nn.Module, stock: nn.Module, plan: Plan, sets: Sequence[tuple[str, Inputs]]) -> NativeProof:
-    """Compare ``stock`` with ``reference``, whose weights it has. Neither is changed.
+def prove_native(
+    reference: nn.Module, stock: nn.Module, plan: Plan, sets: Sequence[tuple[str, Inputs]], order: Order = "plan"
+) -> NativeProof:
+    """Compare ``stock`` with ``reference``, whose weights it has, heads in fused ones in ``order``. Neither is changed.
 
     Raises VerifyError, saying what differs.
     """
-    wide = _fits_wide(stock)
+    wide = _runs_wide(stock, sets[0][1])
     tolerance = _LOOSEST if wide else max(_LOOSEST, TOLERANCE.get(module_dtype(stock), _LOOSEST))
     precision = "float64" if wide else str(module_dtype(stock)).removeprefix("torch.")
     own = _apart(reference, stock, sets, wide)
     if not own <= tolerance:
         raise VerifyError(f"with the model's weights its outputs differ by {own:.3g} (relative)")
     state = _ordinary_scores(reference.state_dict(), plan)
-    a, b = (_with_state(module, state) for module in (reference, stock))
+    a, b = _with_state(reference, state), _with_state(stock, arranged_tensors(state, plan, order))
     error = _apart(a, b, sets, wide)
     if not error <= tolerance:
         raise VerifyError(f"with random weights its outputs differ by {error:.3g} (relative)")
@@ -194,11 +197,17 @@ def _run(module: nn.Module, inputs: Inputs, wide: bool) -> list[Tensor]:
         torch.random.set_rng_state(state)
 
 
-def _fits_wide(model: nn.Module) -> bool:
-    """True when float64 copies of the weights fit into memory beside what is there."""
+def _runs_wide(model: nn.Module, inputs: Inputs) -> bool:
+    """True when the model has kernels for float64, and float64 copies of its weights fit into memory."""
     held = sum(p.numel() for p in model.parameters()) * 8
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return module_dtype(model) == torch.float64 or 3 * held < free
+    if module_dtype(model) != torch.float64 and 3 * held > free:
+        return False
+    try:
+        _run(copy.deepcopy(model).double(), inputs, True)
+    except VerifyError:  # in its own dtype it may run; if not, that is told
+        return False
+    return True
 
 
 def _ordinary_scores(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:

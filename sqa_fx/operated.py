@@ -19,6 +19,7 @@ from sqa_fx.plan import Plan
 from sqa_fx.runners import module_dtype
 from sqa_fx.stock_model import Stock
 from sqa_fx.surgery import convert_
+from sqa_fx.surgery_layout import Order, arranged_tensors, orders
 from sqa_fx.surgery_record import Surgery
 
 
@@ -29,6 +30,7 @@ class Operated:
     model: Any
     surgery: Surgery
     proof: NativeProof
+    order: Order
 
 
 def find_surgery(stock: Stock, plan: Plan, example: Inputs) -> Surgery | str:
@@ -54,18 +56,24 @@ def operated(
     plan: Plan,
     state: Mapping[str, Tensor],
     sets: Sequence[tuple[str, Inputs]],
+    tried: Sequence[Order] | None = None,
 ) -> Operated | str:
-    """The stock model after ``surgery`` with the weights ``state``, proved against ``reference``; or what is wrong."""
-    try:
-        model: Any = stock.build(dtype=module_dtype(reference))
-        surgery.apply(model)
-        model.load_state_dict({name: held.detach() for name, held in state.items()}, strict=True, assign=True)
-        model.tie_weights()
-        if getattr(model, "generation_config", None) is not None and stock.generation_config is not None:
-            model.generation_config = copy.deepcopy(stock.generation_config)
-        return Operated(model, surgery, prove_native(reference, model, plan, sets))
-    except (SqaError, RuntimeError) as error:
-        return first_line(error)
+    """The stock model after ``surgery`` with the weights ``state``, proved against ``reference``; or what is wrong.
+    Heads in fused parameters may have to lie in one of the orders ``tried`` (default: any)."""
+    failed = ""
+    for order in orders(plan) if tried is None else tried:
+        try:
+            model: Any = stock.build(dtype=module_dtype(reference))
+            surgery.apply(model)
+            arranged = arranged_tensors(state, plan, order)
+            model.load_state_dict({name: held.detach() for name, held in arranged.items()}, strict=True, assign=True)
+            model.tie_weights()
+            if getattr(model, "generation_config", None) is not None and stock.generation_config is not None:
+                model.generation_config = copy.deepcopy(stock.generation_config)
+            return Operated(model, surgery, prove_native(reference, model, plan, sets, order), order)
+        except (SqaError, RuntimeError) as error:
+            failed = failed or first_line(error)
+    return failed
 
 
 def with_tokens(proof: NativeProof, said: str) -> NativeProof:
