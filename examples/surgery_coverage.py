@@ -2,6 +2,8 @@
 
     python examples/surgery_coverage.py --zoo PATH [--only PATTERN ...] [--jobs N] [--out STEM] [--timeout SECONDS]
 
+What STEM.json holds of other models already stays, so that a zoo can be run in parts.
+
 PATH is as for coverage.py, whose processes and time limits it shares. Every model that was converted in place is
 compared once more, outside of sqa_fx: the user's module in ordinary eager with masked weights (worked out from the
 plan's JSON alone) against the changed module. A model that was refused must be bit for bit what it was: parameters,
@@ -240,6 +242,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(stem: Path, runs: list[Run]) -> None:
+    done = {(r.name, r.impl) for r in runs}
+    file = stem.with_suffix(".json")
+    earlier = [Run(**row) for row in json.loads(file.read_text())["runs"]] if file.is_file() else []
+    runs = sorted([*(r for r in earlier if (r.name, r.impl) not in done), *runs], key=lambda r: (r.name, r.impl))
     summary = summarise(runs)
     rows = [asdict(r) for r in runs]
     stem.with_suffix(".json").write_text(json.dumps({"summary": summary, "runs": rows}, indent=1) + "\n")

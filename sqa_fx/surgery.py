@@ -159,7 +159,8 @@ def _refusal(found: Found, choices: Sequence[Variable], runs: int) -> SurgeryErr
     return SurgeryError(
         f"the model cannot be converted in place; it is as it was. With {changes} it fails{where}: {found.fault.why}. "
         f"Tried in {runs} runs: {tried or 'nothing, since it reads no number that could be a head count'}. Its head "
-        "counts may be written into its code, or follow from other sizes; convert() makes a module of its own instead"
+        "counts may be written into its code, or follow from other sizes; leave it out (a mapping of site patterns) or "
+        "let convert() make a module of its own"
     )
 
 
@@ -192,7 +193,7 @@ def _prepared(model: nn.Module, converted: Converted, inputs: Inputs, also: Sequ
                 with recording(model, reads):
                     trial.learn()
                 comparison.add(model, inputs, further_calls(model, inputs, also))
-                choices = variables(model, groups, reads)
+                choices = variables(model, groups, reads, {id(read(model, name)) for name in masked})
             return _Operation(model, trial, comparison, choices)
         except Exception as error:
             failed.append(reason(error))

@@ -7,7 +7,7 @@ an owner (or around it) that equals a quantity of its sites, H, K, H / K, H * D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -116,8 +116,15 @@ def quantities(site: SitePlan, parameters: Sequence[ParameterPlan]) -> list[tupl
     return [(a, b) for a, b in dict.fromkeys(found) if a != b]
 
 
-def variables(model: nn.Module, groups: Sequence[Owners], reads: Reads) -> list[Variable]:
-    """Everything that was read and may be a quantity of a group, those inside of owners first."""
+def variables(model: nn.Module, groups: Sequence[Owners], reads: Reads, cut: Collection[int]) -> list[Variable]:
+    """Everything that was read and may be a quantity of a group, those inside of owners first. ``cut`` are the ids of
+    the tensors that are cut."""
+
+    def fixed(module: nn.Module) -> bool:
+        # The numbers of torch's own layers follow from their weights, or are geometry.
+        own = list(module.parameters(recurse=False))
+        return bool(own) and type(module).__module__.startswith("torch.nn.") and not any(id(p) in cut for p in own)
+
     found: list[Variable] = []
     inside: set[int] = set()
     for position, group in enumerate(groups):
@@ -126,6 +133,8 @@ def variables(model: nn.Module, groups: Sequence[Owners], reads: Reads) -> list[
         for owner in members:
             for inner, module in owner.named_modules(remove_duplicate=False):
                 inside.add(id(module))
+                if fixed(module):
+                    continue
                 for where, number in numbers(module, reads):
                     if number in group.sizes:
                         wanted.setdefault((inner, where), number)
@@ -142,7 +151,7 @@ def variables(model: nn.Module, groups: Sequence[Owners], reads: Reads) -> list[
             sizes.setdefault(old, {}).update(dict.fromkeys(new))
     around: dict[tuple[type, Path, int], list[str]] = {}
     for path, module in model.named_modules():
-        if id(module) not in inside:
+        if id(module) not in inside and not fixed(module):
             for where, number in numbers(module, reads):
                 if number in sizes and number != 1:
                     around.setdefault((type(module), where, number), []).append(path)

@@ -212,7 +212,8 @@ def _mended(
                 found = judged(changes)
                 if not found.why or found.passed > fault.passed:
                     return changes
-                if found.passed == last.passed:
+                # A number that changes nothing was not read before the fault: with others it would not matter either.
+                if found.passed == last.passed and found != last:
                     further = found.operations > last.operations and not found.diverged
                     step = _FURTHER if further else _STEP
                     heapq.heappush(queue, (cost + step, -found.operations, next(order), more, found))
