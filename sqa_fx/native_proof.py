@@ -129,7 +129,8 @@ def tokens_agree(reference: nn.Module, stock: Any, example: Inputs) -> str:
     if decodes:
         settings.decoder_start_token_id = 0 if start is None else start
     with torch.no_grad(), quiet():
-        tokens = stock.generate(prompt, generation_config=settings)
+        # With a mask, as otherwise tokens that look like padding would be left out.
+        tokens = stock.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         named = {"input_ids": prompt, "decoder_input_ids": tokens} if decodes else {"input_ids": tokens}
         kwargs = {**example[1], **named}
         held = {n: torch.ones_like(tokens) for n in kwargs if n == "attention_mask" and not decodes}

@@ -12,16 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from sqa_fx.config_search import kind_of
+from sqa_fx.inputs import example_inputs
 from sqa_fx.plan import Plan
-from sqa_fx.stock_model import FieldPath, Stock, value_of, with_values
+from sqa_fx.stock_model import FieldPath, Stock, quiet, value_of, with_values
 
 LARGEST = 16_000_000
 """Parameters that a sibling may have: it is converted in float32 and compared in float64."""
 _SMALLER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 _SMALLEST_HEAD = 8
+_SMALLEST = 16
+"""Of what is no count of layers: with a vocabulary of one token, say, nothing would depend on attention."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def _lowered(stock: Stock, plan: Plan, rules: _Rules) -> Stock:
     best, current = stock, full
     # What counts layers comes first: every trial after it is fast.
     layers = _layer_counts(stock)
+    runs, used = _runs(stock.bare()), set[int]()
     fields = sorted(stock.integer_fields(), key=lambda entry: (entry[1] not in layers, -entry[1]))
     for path, value in fields:
         for small in (n for n in _SMALLER if n < value):
@@ -68,16 +73,22 @@ def _lowered(stock: Stock, plan: Plan, rules: _Rules) -> Stock:
             if trial is None:
                 continue
             try:
-                found = _facts(trial.bare(), plan)
+                model = trial.bare()
+                found = _facts(model, plan)
             except Exception:  # whatever the class raises: this is no config of it
                 continue
             if not _alike(full, found, head_dims, rules):
                 continue
             if found.parameters >= current.parameters:
                 break  # no size of the model
+            if found.names == current.names and (small < _SMALLEST or small in used):
+                continue  # too small, or another size already: two that are equal hide what is mixed up
+            if runs and not _runs(model):
+                continue
             if found.names == current.names and (value in heads or rules.layers_only):
                 break  # it may be what must stay
             best, current = trial, found
+            used.add(small)
             break
     return best
 
@@ -93,6 +104,19 @@ def _with(stock: Stock, path: FieldPath, value: int, small: int) -> Stock | None
                 return None
             values.append(((*path[:-1], name), held[:small]))
     return replace(stock, fields=with_values(stock.fields, values))
+
+
+def _runs(model: nn.Module) -> bool:
+    """True when the model runs on the meta device (experts of which more are asked for than there are do not)."""
+    inputs = example_inputs(model)
+    if inputs is None:
+        return False
+    try:
+        with torch.no_grad(), quiet():
+            model(*inputs[0], **inputs[1])
+    except Exception:  # whatever it raises
+        return False
+    return True
 
 
 def _facts(model: nn.Module, plan: Plan) -> _Facts:
