@@ -28,7 +28,7 @@ from sqa_fx.surgery_layout import arranged_plan, arranged_tensors, orders
 from sqa_fx.surgery_proof import Comparison, Converted, SurgeryProof
 from sqa_fx.surgery_reads import Reads, recording
 from sqa_fx.surgery_record import Resized, Surgery, read
-from sqa_fx.surgery_run import Inputs, evaluating, holding
+from sqa_fx.surgery_run import Inputs, contents_kept, evaluating, holding
 from sqa_fx.surgery_search import Assignment, Found, Trial, changed, search
 
 
@@ -111,22 +111,23 @@ def convert_(
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         raise InputError(f"convert_ changes an nn.Module of Python code in place, not a {type(model).__name__}")
     with evaluating(model):
-        converted = convert(
-            model,
-            hq=hq,
-            hkv=hkv,
-            args=args,
-            kwargs=kwargs,
-            plan=plan,
-            heads=heads,
-            kv_merge=kv_merge,
-            calibration=calibration,
-            loss=loss,
-            repair=repair,
-            dynamic_shapes=dynamic_shapes,
-            verify=verify,
-            allow_inexact=allow_inexact,
-        )
+        with contents_kept(model):
+            converted = convert(
+                model,
+                hq=hq,
+                hkv=hkv,
+                args=args,
+                kwargs=kwargs,
+                plan=plan,
+                heads=heads,
+                kv_merge=kv_merge,
+                calibration=calibration,
+                loss=loss,
+                repair=repair,
+                dynamic_shapes=dynamic_shapes,
+                verify=verify,
+                allow_inexact=allow_inexact,
+            )
         if isinstance(converted, DeferredModule):
             raise InputError("convert_ needs example inputs: args= or kwargs=")
         inputs = _example(converted, args, kwargs)
