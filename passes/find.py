@@ -12,7 +12,7 @@ from torch import fx
 from sqa_fx.passes.aten_call import argument, op_name
 from sqa_fx.passes.graph import constant_nodes, module_path
 from sqa_fx.passes.hints import is_tensor, shape_of
-from sqa_fx.passes.labels import Carrier, aligned, heads, varying
+from sqa_fx.passes.labels import Carrier, aligned, heads, single, varying
 from sqa_fx.passes.op_kinds import Aligned, Move, Opaque
 from sqa_fx.passes.ops import step
 from sqa_fx.passes.site import Core, Refusal, Refused, as_refused
@@ -240,8 +240,10 @@ def _query_and_key(facts: GraphFacts, value: fx.Node, path: list[fx.Node]) -> tu
     assert contraction is not None
     first, second = contraction.operands[:2]
     key_dims = set(varying(labels))
-    if length == 1 or not key_dims:
+    if length == 1:
         return first.node, second.node
+    if not bool(single(labels).any()):
+        return None  # what is summed over are no positions of the scores, but the state of a recurrence beside them
     own_first, own_second = (
         {d for d in a.dims if d is not None} - {d for d in b.dims if d is not None}
         for a, b in ((first, second), (second, first))

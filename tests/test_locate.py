@@ -97,6 +97,26 @@ class StateSpace(nn.Module):
         return torch.stack(states, 1)
 
 
+class SelectiveScan(nn.Module):
+    """A state-space model whose steps depend on the input: a weight times the input stands on the left, as learned
+    queries do, and an exponential between two contractions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates, self.step = nn.Parameter(-torch.rand(24, 4)), nn.Parameter(torch.randn(24, 6))
+        self.narrow, self.write, self.read = (nn.Linear(24, n) for n in (6, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = F.softplus(self.step @ self.narrow(x).transpose(1, 2))  # [batch, channel, position]
+        decay = (self.rates[None, :, None] * steps[..., None]).exp()
+        written = steps[..., None] * self.write(x)[:, None] * x.transpose(1, 2)[..., None]
+        state, made = torch.zeros(x.size(0), 24, 4), []
+        for i in range(7):
+            state = decay[:, :, i] * state + written[:, :, i]
+            made.append((state @ self.read(x)[:, i].unsqueeze(-1))[..., 0])
+        return torch.stack(made, 1)
+
+
 class RunningSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(1)
@@ -248,6 +268,7 @@ SEEN: list[tuple[nn.Module, str, str]] = [
     (Recurrent(nn.GRU), "second.layer", "GRU"),
     (Recurrent(nn.RNN), "second.layer", "recurrent"),
     (StateSpace(), "second", "loop over positions"),
+    (SelectiveScan(), "second", "state-space"),
     (RunningSum(), "second", "running sum"),
     (Fourier(), "second", "Fourier"),
 ]
