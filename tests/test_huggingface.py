@@ -117,7 +117,13 @@ NATIVE: dict[str, dict[str, int]] = {
     "hybrid": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
 }
 OURS = ("bert", "whisper")
+# The rest go the same way: they are marked slow.
+SHORT = ("llama", "qwen2", "vit", "bert")
 GENERATE = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "mixture", "hybrid")
+
+
+def _marked(name: str) -> Any:
+    return name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
 
 
 @dataclass
@@ -158,7 +164,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(pairs) and all(torch.allclose(x, y, atol=2e-6, rtol=1e-4) for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", map(_marked, NATIVE))
 def test_loads_natively(export: Callable[[str], Exported], name: str) -> None:
     import transformers
 
@@ -189,7 +195,7 @@ def test_loads_natively(export: Callable[[str], Exported], name: str) -> None:
         assert "greedy tokens" in verdict["generated"]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", map(_marked, OURS))
 def test_needs_our_loader(export: Callable[[str], Exported], name: str) -> None:
     made = export(name)
     notes, verdict = made.artifact.sidecar.notes, made.artifact.sidecar.validation

@@ -74,10 +74,9 @@ def _whisper() -> tuple[nn.Module, dict[str, Any]]:
 
 
 Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
-CASES: list[tuple[Build, int, int]] = [
-    (_gpt2, 4, 4), (_llama, 6, 2), (_qwen3, 4, 2), (_bert, 4, 4), (_vit, 4, 4), (_timm, 4, 4), (_t5, 4, 4),
-    (_whisper, 4, 4),
-]  # fmt: skip
+SHORT: list[tuple[Build, int, int]] = [(_gpt2, 4, 4), (_llama, 6, 2), (_bert, 4, 4), (_whisper, 4, 4)]
+LONG: list[tuple[Build, int, int]] = [(_qwen3, 4, 2), (_vit, 4, 4), (_timm, 4, 4), (_t5, 4, 4)]
+CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
