@@ -15,8 +15,10 @@ import argparse
 import functools
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -251,7 +253,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "width": options.width,
         "layers": options.layers,
         "head_dim": HEAD_DIM,
-        "command": "python examples/compile_bench.py",
+        "command": shlex.join(["python", "examples/compile_bench.py", *sys.argv[1:]]),
     }
     options.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     said = ", ".join(f"{k} {v}" for k, v in about.items())
