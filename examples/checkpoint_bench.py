@@ -121,6 +121,7 @@ def measure(place: Path, layers: int, width: int, rounds: int) -> dict[str, Any]
             "cp": (["cp", "-r", str(source), str(copy)], copy),
             "convert-checkpoint --jobs 1": ([*command, "1"], target),
             "convert-checkpoint --jobs 2": ([*command, "2"], target),
+            "convert-checkpoint --jobs 2 --no-native": ([*command, "2", "--no-native"], target),
         }
         turns: dict[str, list[Turn]] = {name: [] for name in ways}
         for _ in range(rounds):
