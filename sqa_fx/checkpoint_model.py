@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from sqa_fx.errors import InputError, MissingError
-from sqa_fx.torchvision_ops import make_torchvision_importable
+from sqa_fx.transformers_class import transformers_class
 
 
 def model_of_config(path: Path) -> nn.Module:
@@ -33,16 +33,9 @@ def model_of_config(path: Path) -> nn.Module:
     architectures = config.get("architectures") if isinstance(config, dict) else None
     if not architectures:
         raise InputError(f"{file} names no architecture: it must say which class to build")
-    make_torchvision_importable()
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingError(f"{file} needs transformers: pip install transformers") from error
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
-        raise InputError(
-            f"transformers {transformers.__version__} has no {architectures[0]}, and code in the folder is not run"
-        )
+    cls = transformers_class(architectures[0], file)
+    import transformers
+
     try:
         known = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False) \
             if file.name == "config.json" else cls.config_class.from_dict(config)  # fmt: skip

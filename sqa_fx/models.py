@@ -21,6 +21,7 @@ from sqa_fx.archive import read_archive
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.storage import is_saved_program
 from sqa_fx.torchvision_ops import make_torchvision_importable
+from sqa_fx.transformers_class import transformers_class
 
 FORMS = """a model is one of
   package.module:factory   a callable (or a module) there; it returns a module, (module, args) or (module, args, kwargs)
@@ -146,16 +147,9 @@ def _from_transformers(path: Path) -> LoadedModel:
         raise InputError(
             f"{path} has no *.safetensors: {found}. Save it with save_pretrained of a current transformers"
         )
-    make_torchvision_importable()
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingError(f"{path} needs transformers: pip install transformers") from error
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
-        raise InputError(
-            f"transformers {transformers.__version__} has no {architectures[0]}, and code in the folder is not run"
-        )
+    cls = transformers_class(architectures[0], path)
+    import transformers
+
     try:
         with _quiet_off_terminal(transformers.utils.logging):
             module, info = cls.from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,14 +80,9 @@ def no_fields(stock: Stock, search: Search) -> str:
 def filled(stock: Stock, fields: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """The stock model of ``fields`` with the weights ``state``, ties kept. Raises VerifyError where they do not fit."""
     try:
-        model: Any = stock.build(fields, dtype)
-        model.load_state_dict({name: held.detach() for name, held in state.items()}, strict=True, assign=True)
-        model.tie_weights()
+        return stock.fill(stock.build(fields, dtype), state)
     except Exception as error:  # whatever the class raises on a config it was not made for
         raise VerifyError(f"{stock.name} cannot be built: {first_line(error)}") from error
-    if getattr(model, "generation_config", None) is not None and stock.generation_config is not None:
-        model.generation_config = copy.deepcopy(stock.generation_config)
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def remember_stock(result: _Converted, model: Any) -> _Converted:

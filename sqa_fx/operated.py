@@ -3,7 +3,6 @@ words for SQA."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,13 +62,9 @@ def operated(
     failed = ""
     for order in orders(plan) if tried is None else tried:
         try:
-            model: Any = stock.build(dtype=module_dtype(reference))
+            model = stock.build(dtype=module_dtype(reference))
             surgery.apply(model)
-            arranged = arranged_tensors(state, plan, order)
-            model.load_state_dict({name: held.detach() for name, held in arranged.items()}, strict=True, assign=True)
-            model.tie_weights()
-            if getattr(model, "generation_config", None) is not None and stock.generation_config is not None:
-                model.generation_config = copy.deepcopy(stock.generation_config)
+            stock.fill(model, arranged_tensors(state, plan, order))
             return Operated(model, surgery, prove_native(reference, model, plan, sets, order), order)
         except (SqaError, RuntimeError) as error:
             failed = failed or first_line(error)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqa_fx.errors import InputError, MissingError
 from sqa_fx.torchvision_ops import make_torchvision_importable
+from sqa_fx.transformers_class import transformers_class
 
 FieldPath = tuple[str, ...]
 """A field of a config, behind the names of the configs nested in one another that lead to it."""
@@ -53,6 +54,16 @@ class Stock:
         config = self.config(fields)
         with quiet(), _default_dtype(dtype):
             model: nn.Module = self.cls(config)
+        return model.eval()
+
+    def fill(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """``model``, built by this class, with the weights ``state`` and the generation config, ties kept, in eval
+        mode. Raises whatever torch raises on weights that do not fit."""
+        made: Any = model
+        made.load_state_dict({name: held.detach() for name, held in state.items()}, strict=True, assign=True)
+        made.tie_weights()
+        if getattr(made, "generation_config", None) is not None and self.generation_config is not None:
+            made.generation_config = copy.deepcopy(self.generation_config)
         return model.eval()
 
     def integer_fields(self) -> list[tuple[FieldPath, int]]:
@@ -118,14 +129,9 @@ def stock_of_config(path: Path) -> Stock:
         raise InputError("config.json is not a JSON object") from error
     if not architectures:
         raise InputError("config.json names no architecture")
-    make_torchvision_importable()
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingError("config.json needs transformers: pip install transformers") from error
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
-        raise InputError(f"transformers {transformers.__version__} has no {architectures[0]}")
+    cls = transformers_class(architectures[0], "config.json")
+    import transformers
+
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
