@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from sqa_fx.storage import META
 from sqa_fx.surgery import SurgeryReport
 from sqa_fx.surgery_layout import Order, arranged_plan
 from sqa_fx.surgery_record import Surgery
+from sqa_fx.whole_file import replace_directory
 
 SIDECAR = "sqa_fx_export"
 """The sidecar lies in the directory, as ``sqa_fx_export.json``."""
@@ -279,13 +279,6 @@ def _sidecar(job: _Job, written: _Written, copied: Sequence[str], staged: Path) 
 def _publish(staged: Path, place: Path, aside: Path) -> None:
     """Give the directory its name; what was there goes, or comes back when that fails. Raises InputError."""
     try:
-        if place.exists():
-            os.replace(place, aside)
-        try:
-            os.rename(staged, place)
-        except OSError:
-            if aside.exists():
-                os.replace(aside, place)
-            raise
+        replace_directory(staged, place, aside)
     except OSError as error:
         raise InputError(f"cannot write {place}: {error}; give another path") from error

@@ -44,6 +44,7 @@ from sqa_fx.checkpoint_shard import (
 )
 from sqa_fx.errors import InputError, PlanError
 from sqa_fx.plan import Plan
+from sqa_fx.whole_file import replace_directory
 
 Finish = Callable[[Path, Plan], None]
 OnBytes = Callable[[int, int], None]
@@ -315,10 +316,5 @@ def _rename(folder: Path, target: Path, overwrite: bool) -> None:
         os.rename(folder, target)  # fails where something (other than an empty directory) came to be there meanwhile
         return
     old = target.with_name(target.name + ".replaced")
-    os.rename(target, old)
-    try:
-        os.rename(folder, target)
-    except OSError:
-        os.rename(old, target)
-        raise
+    replace_directory(folder, target, old)
     shutil.rmtree(old, ignore_errors=True)

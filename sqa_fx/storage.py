@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 from sqa_fx.errors import InputError
 from sqa_fx.program_json import check_program_json, check_targets
 from sqa_fx.version import __version__
+from sqa_fx.whole_file import replace_directory
 
 FORMAT = "sqa-fx-program"
 FORMAT_VERSION = 1
@@ -175,14 +176,7 @@ def _whole_directory(target: Path) -> Iterator[Path]:
         folder.chmod(0o777 & ~_umask())
         yield folder
         old = folder.with_name(folder.name + ".old")
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(folder, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        replace_directory(folder, target, old)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot write {target}: {error}") from error

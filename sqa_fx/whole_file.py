@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def write_whole(path: str | os.PathLike[str], content: bytes, *, overwrite: bool
         if os.path.exists(staged):
             os.unlink(staged)
     return target
+
+
+def replace_directory(staged: Path, target: Path, aside: Path) -> None:
+    """Give the directory ``staged`` the name ``target``. What was there is ``aside`` then, or back in its place when
+    that fails. Raises OSError."""
+    if target.exists():
+        os.rename(target, aside)
+    try:
+        os.rename(staged, target)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
