@@ -19,10 +19,11 @@ from torch import nn
 
 from sqa_fx.api import convert
 from sqa_fx.checkpoint_journal import write_durably
-from sqa_fx.config_search import Change, Heads, Search, cut_shapes, fields_of, head_groups, kind_of, unevenness
+from sqa_fx.config_search import Change, Heads, Search, cut_shapes, fields_of, head_groups, unevenness
 from sqa_fx.errors import InputError, MissingError, PlanError, SqaError, VerifyError, first_line
 from sqa_fx.inputs import example_inputs
 from sqa_fx.module import ConvertedModule
+from sqa_fx.module_names import kind_of
 from sqa_fx.native import MOST_PROOFS, filled, no_fields
 from sqa_fx.native_proof import input_sets, prove_native, tokens_agree
 from sqa_fx.operated import find_surgery, operated
@@ -201,7 +202,7 @@ def _operated(
         full = surgery_elsewhere(record, sibling.stock.bare(), sibling.groups, bare, head_groups(plan), plan)
         twin = stock.bare()
         full.apply(twin)
-    except (SqaError, VerifyError) as error:
+    except SqaError as error:
         return None, f"surgery on a small sibling does not carry over: {first_line(error)}"
     if {name: tuple(t.shape) for name, t in twin.state_dict().items()} != dict(wanted):
         return None, "surgery on a small sibling does not carry over: shapes differ"
@@ -237,18 +238,14 @@ def native_config(raw: Mapping[str, Any], stock: Stock, fields: Mapping[str, int
     it was: what used to follow from a field that changes is written down. Raises VerifyError where that fails."""
     changes = [(tuple(name.split(".")), value) for name, value in fields.items()]
     wanted = with_values(stock.fields, changes)
-    made = dict(raw)
     values: list[tuple[tuple[str, ...], Any]] = list(changes)
-    for _ in range(2):
+    for _ in range(3):
         made = with_values(_opened(raw, [path for path, _ in values]), values)
-        got = plain_fields(stock.config(made))
-        values = [*changes, *_differences(wanted, got, ())]
-        if len(values) == len(changes):
+        left = _differences(wanted, plain_fields(stock.config(made)), ())
+        if not left:
             return made
-    got = plain_fields(stock.config(with_values(_opened(raw, [path for path, _ in values]), values)))
-    if _differences(wanted, got, ()):
-        raise VerifyError(f"{stock.config_class.__name__} does not keep the fields that it is given")
-    return with_values(_opened(raw, [path for path, _ in values]), values)
+        values = [*changes, *left]
+    raise VerifyError(f"{stock.config_class.__name__} does not keep the fields that it is given")
 
 
 def _opened(raw: Mapping[str, Any], paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ proof.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 
 from sqa_fx.checkpoint_model import tied_names
 from sqa_fx.errors import PlanError
+from sqa_fx.module_names import kind_of
 from sqa_fx.plan import Plan
 from sqa_fx.stock_model import FieldPath, Stock, with_values
 
@@ -214,11 +214,6 @@ def cut_shapes(bare: nn.Module, plan: Plan) -> Shapes:
 def head_groups(plan: Plan) -> list[Heads]:
     """The different kinds of sites in a plan, in order."""
     return list(dict.fromkeys(Heads(s.heads, s.kv_heads, s.hq, s.hkv, s.head_dim) for s in plan.sites))
-
-
-def kind_of(name: str) -> str:
-    """A name without the numbers of layers: "model.layers.*.self_attn"."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def unevenness(plan: Plan) -> str | None:

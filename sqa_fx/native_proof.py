@@ -93,14 +93,19 @@ def prove_native(
 
     Raises VerifyError, saying what differs.
     """
-    wide = _runs_wide(stock, sets[0][1])
+    widened = _widened(stock, sets[0][1])
+    wide = widened is not None
+    mine, theirs = stock, reference
+    if widened is not None:
+        mine = widened
+        theirs = reference if isinstance(reference, ConvertedModule) else copy.deepcopy(reference).double()
     tolerance = _LOOSEST if wide else max(_LOOSEST, TOLERANCE.get(module_dtype(stock), _LOOSEST))
     precision = "float64" if wide else str(module_dtype(stock)).removeprefix("torch.")
-    own = _apart(reference, stock, sets, wide)
+    own = _apart(theirs, mine, sets, wide)
     if not own <= tolerance:
         raise VerifyError(f"with the model's weights its outputs differ by {own:.3g} (relative)")
     state = _ordinary_scores(reference.state_dict(), plan)
-    a, b = _with_state(reference, state), _with_state(stock, arranged_tensors(state, plan, order))
+    a, b = _with_state(theirs, state), _with_state(mine, arranged_tensors(state, plan, order))
     error = _apart(a, b, sets, wide)
     if not error <= tolerance:
         raise VerifyError(f"with random weights its outputs differ by {error:.3g} (relative)")
@@ -167,11 +172,7 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _apart(a: nn.Module, b: nn.Module, sets: Sequence[tuple[str, Inputs]], wide: bool) -> float:
-    """The largest relative difference of an output at any size."""
-    if wide and not isinstance(a, ConvertedModule):
-        a = copy.deepcopy(a).double()
-    if wide:
-        b = copy.deepcopy(b).double()
+    """The largest relative difference of an output at any size; ``wide``: they run in float64."""
     worst = 0.0
     for _, inputs in sets:
         expected, actual = _run(a, inputs, wide), _run(b, inputs, wide)
@@ -198,17 +199,19 @@ def _run(module: nn.Module, inputs: Inputs, wide: bool) -> list[Tensor]:
         torch.random.set_rng_state(state)
 
 
-def _runs_wide(model: nn.Module, inputs: Inputs) -> bool:
-    """True when the model has kernels for float64, and float64 copies of its weights fit into memory."""
+def _widened(model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """The model in float64; None where it has no kernels for that, or float64 copies of its weights do not fit into
+    memory."""
     held = sum(p.numel() for p in model.parameters()) * 8
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if module_dtype(model) != torch.float64 and 3 * held > free:
-        return False
+        return None
+    widened = copy.deepcopy(model).double()
     try:
-        _run(copy.deepcopy(model).double(), inputs, True)
+        _run(widened, inputs, True)
     except VerifyError:  # in its own dtype it may run; if not, that is told
-        return False
-    return True
+        return None
+    return widened
 
 
 def _ordinary_scores(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -249,8 +252,6 @@ def _with_state(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 def _noticed(stock: nn.Module, inputs: Inputs, wide: bool) -> float:
     """How far the outputs move when all scores of attention are a quarter larger."""
-    if wide:
-        stock = copy.deepcopy(stock).double()
     before = _run(stock, inputs, wide)
     for names in (("scaled_dot_product_attention",), ("softmax", "_softmax")):
         mode = _LouderScores(names)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sqa_fx.config_search import kind_of
 from sqa_fx.inputs import example_inputs
+from sqa_fx.module_names import kind_of
 from sqa_fx.plan import Plan
 from sqa_fx.stock_model import FieldPath, Stock, quiet, value_of, with_values
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sqa_fx.module_names import has_module
 from sqa_fx.plan import ParameterPlan, Plan, SitePlan
 from sqa_fx.surgery_reads import Reads, numbers
 from sqa_fx.surgery_record import AttributeChange, Path, value_at
@@ -69,7 +70,7 @@ def owner_path(model: nn.Module, site: SitePlan, parameters: Sequence[ParameterP
     holders = {p.name.rpartition(".")[0] for p in core}
     parts = [path.split(".") if path else [] for path in holders]
     name = site.name.partition("#")[0]
-    if name and _is_module(model, name):
+    if name and has_module(model, name):
         parts.append(name.split("."))
     common: list[str] = []
     for steps in zip(*parts, strict=False):
@@ -84,14 +85,6 @@ def owner_path(model: nn.Module, site: SitePlan, parameters: Sequence[ParameterP
     while common and isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
         common.pop()
     return ".".join(common)
-
-
-def _is_module(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _has_children(model: nn.Module, path: Sequence[str]) -> bool:

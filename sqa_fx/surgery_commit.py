@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sqa_fx.errors import SurgeryError
 from sqa_fx.surgery_proof import Comparison, SurgeryProof
-from sqa_fx.surgery_record import Surgery, assignments, layer_sizes, read
+from sqa_fx.surgery_record import Surgery, assign, assignments, layer_sizes, read
 
 
 def commit(model: nn.Module, surgery: Surgery, cut: Mapping[str, Tensor], comparison: Comparison) -> SurgeryProof:
@@ -24,8 +24,7 @@ def commit(model: nn.Module, surgery: Surgery, cut: Mapping[str, Tensor], compar
             *assignments(model, surgery.attributes),
             *layer_sizes(model, surgery.parameters),
         ]:
-            undo.callback(_put_back, module, name, vars(module).get(name, _ABSENT))
-            vars(module)[name] = value
+            undo.callback(assign(module, name, value))
         for change in surgery.classes:
             for path in change.modules:
                 module = model.get_submodule(path)
@@ -44,16 +43,6 @@ def commit(model: nn.Module, surgery: Surgery, cut: Mapping[str, Tensor], compar
             read(model, name).grad = None
         undo.pop_all()
     return proof
-
-
-_ABSENT = object()
-
-
-def _put_back(module: nn.Module, name: str, value: object) -> None:
-    if value is _ABSENT:
-        vars(module).pop(name, None)
-    else:
-        vars(module)[name] = value
 
 
 def _identities(model: nn.Module, cut: Mapping[str, Tensor]) -> list[tuple[str, int, int, int]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from sqa_fx.config_search import Heads, kind_of
+from sqa_fx.config_search import Heads
 from sqa_fx.errors import SurgeryError
+from sqa_fx.module_names import kind_of
 from sqa_fx.plan import Plan
 from sqa_fx.surgery_record import AttributeChange, ClassChange, Resized, Surgery, value_at
 

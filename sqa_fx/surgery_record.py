@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sqa_fx.errors import InputError
+from sqa_fx.module_names import has_module, kind_of
 from sqa_fx.narrow_attention import NarrowMultiheadAttention
 
 FORMAT = "sqa-fx-surgery"
@@ -65,7 +65,7 @@ class AttributeChange:
     @property
     def pattern(self) -> str:
         """The modules as one text, layer numbers left out: "encoder.layer.*.attention.self"."""
-        patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "(model)" for path in self.modules)
+        patterns = dict.fromkeys(kind_of(path) or "(model)" for path in self.modules)
         return ", ".join(patterns) if len(self.modules) > 1 else self.modules[0] or "(model)"
 
     @property
@@ -170,7 +170,7 @@ class Surgery:
                 )
         for kind in self.classes:
             for path in kind.modules:
-                if not _is_module(model, path) or type(model.get_submodule(path)) is not kind.classes()[0]:
+                if not has_module(model, path) or type(model.get_submodule(path)) is not kind.classes()[0]:
                     raise InputError(f"{path or 'the model'} is no {kind.old}, which the record of surgery changes")
         for change in self.attributes:
             for path in change.modules:
@@ -249,6 +249,21 @@ def assignments(model: nn.Module, changes: Iterable[AttributeChange]) -> list[tu
     return result
 
 
+def assign(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """Give ``module`` an attribute of its own. Returns what undoes that."""
+    own = vars(module)
+    there, before = name in own, own.get(name)
+
+    def undo() -> None:
+        if there:
+            own[name] = before
+        else:
+            own.pop(name, None)
+
+    own[name] = value
+    return undo
+
+
 _SIZES: tuple[tuple[type[nn.Module], str, int, str], ...] = (
     (nn.Linear, "weight", 0, "out_features"),
     (nn.Linear, "weight", 1, "in_features"),
@@ -285,14 +300,6 @@ def fit_layers(model: nn.Module, resized: Iterable[Resized]) -> None:
     """Let in_features, out_features and the like of torch's own layers follow their resized weights."""
     for module, name, size in layer_sizes(model, resized):
         vars(module)[name] = size
-
-
-def _is_module(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _number(value: Any) -> int:

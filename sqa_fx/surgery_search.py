@@ -11,8 +11,8 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sqa_fx.passes.capture_ways import reason
 from sqa_fx.passes.eager_widened import EagerWidened
 from sqa_fx.surgery_candidates import Owners, Variable
-from sqa_fx.surgery_record import AttributeChange, assignments
+from sqa_fx.surgery_record import AttributeChange, assign, assignments
 from sqa_fx.surgery_run import Inputs, nearest, output_tensors, run, tolerance_of
 
 TRIALS = 600
@@ -44,13 +44,6 @@ class Fault:
     diverged: bool = False
 
 
-@dataclass
-class Expected:
-    """What the attention modules of the masked original gave, in order."""
-
-    outputs: list[tuple[str, list[Tensor]]] = field(default_factory=list)
-
-
 Assignment = tuple[AttributeChange, ...]
 
 
@@ -60,16 +53,17 @@ class Trial:
     def __init__(self, model: nn.Module, groups: Sequence[Owners], inputs: Inputs, wide: bool) -> None:
         self.model, self.inputs, self.wide = model, inputs, wide
         self.owners = {path: i for i, group in enumerate(groups) for path in group.paths}
-        self.expected = Expected()
+        self.expected: list[tuple[str, list[Tensor]]] = []
+        """What the attention modules of the masked original gave, in order."""
         self.unchecked: frozenset[str] = frozenset()
         self.runs = 0
 
     def learn(self) -> None:
         """Note what the model gives now, with its masked weights. Raises whatever it raises."""
-        self.expected = Expected()
+        self.expected.clear()
 
         def leave(path: str, output: Any) -> None:
-            self.expected.outputs.append((path, [t.detach().clone() for t in output_tensors(output)]))
+            self.expected.append((path, [t.detach().clone() for t in output_tensors(output)]))
 
         with self._hooks(lambda path: None, leave):
             run(self.model, self.inputs, EagerWidened(self.wide))
@@ -86,7 +80,7 @@ class Trial:
 
         def leave(path: str, output: Any) -> None:
             nonlocal passed, since
-            wanted, tensors = self.expected.outputs[passed] if passed < len(self.expected.outputs) else (None, [])
+            wanted, tensors = self.expected[passed] if passed < len(self.expected) else (None, [])
             if wanted != path:
                 raise _Diverged(f"{path} is called where {wanted} was")
             if path not in self.unchecked:
@@ -123,19 +117,10 @@ class Trial:
 @contextmanager
 def changed(model: nn.Module, changes: Assignment) -> Iterator[None]:
     """The model's attributes are changed within."""
-    absent = object()
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
+    with ExitStack() as undo:
         for module, name, value in assignments(model, changes):
-            before.append((module, name, vars(module).get(name, absent)))
-            vars(module)[name] = value
+            undo.callback(assign(module, name, value))
         yield
-    finally:
-        for module, name, value in reversed(before):
-            if value is absent:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = value
 
 
 @dataclass(frozen=True)
@@ -180,7 +165,7 @@ def _pool(trial: Trial, choices: Sequence[Variable], fault: Fault) -> list[Varia
     own = trial.owners.get(fault.where) if fault.where is not None else None
     inner = [v for v in choices if v.group is not None and v.group == own]
     outside = [v for v in choices if v.group is None]
-    before = {trial.owners[path] for path, _ in trial.expected.outputs[: fault.passed]}
+    before = {trial.owners[path] for path, _ in trial.expected[: fault.passed]}
     rest = [v for v in choices if v.group is not None and v.group != own and (v.group in before or own is None)]
     return [*inner, *outside, *rest]
 
