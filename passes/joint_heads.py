@@ -4,7 +4,8 @@ For heads x_1 .. x_m of a group, x^ = sum_i P_i x_i and x_i ~ B_i x^ with the le
 is given by the principal components of the stacked A_i x_i. The maps back go where the heads are read: into the query
 heads (q^T B k^ = (B^T q)^T k^, A^T A being the second moments of the queries, so that the error is that of the scores),
 or into the output projection (W B v^, A^T A being W^T W). Where rotary embedding turns pairs of channels, maps are
-complex numbers for each pair, which commute with it.
+complex numbers for each pair, which commute with it. Of all x^ that tell the same, the one is taken whose maps back are
+closest to leaving their heads as they are: weights keep their scale, which half precision and an optimizer need.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def joint_maps(second: Sequence[Sequence[Tensor]], metrics: Sequence[Tensor], st
         values, vectors = torch.linalg.eigh((stacked + stacked.T) / 2)
         total += float(values.clamp(min=0).sum())
         lost += float(values[: -len(at)].clamp(min=0).sum())
-        for i, part in enumerate(vectors[:, -len(at) :].split(len(at))):
-            down[i][at[:, None], at] = count * roots[i][0].T @ part
-            back[i][at[:, None], at] = roots[i][1] @ part
+        parts = vectors[:, -len(at) :].split(len(at))
+        maps = [root[1] @ part for root, part in zip(roots, parts, strict=True)]
+        gauge, inverse = _gauge(maps)
+        for i, part in enumerate(parts):
+            down[i][at[:, None], at] = count * roots[i][0].T @ part @ gauge.T
+            back[i][at[:, None], at] = maps[i] @ inverse
     if structure.pairs:
         a, b = torch.tensor(structure.pairs, device=device).T
         weights = torch.stack([(m[a, a] + m[b, b]) / 2 for m in metrics])
@@ -67,10 +71,13 @@ def joint_maps(second: Sequence[Sequence[Tensor]], metrics: Sequence[Tensor], st
         total += float(values.clamp(min=0).sum())
         lost += float(values[:, :-1].clamp(min=0).sum())
         best = vectors[:, :, -1]
+        # x^ = sum conj(u_i) w_i x_i and x_i ~ u_i / w_i x^, times and by the gauge
+        factors = best.T / weights
+        phase = torch.sgn(factors.sum(0))
+        gauge = factors.abs().square().mean(0).sqrt() * torch.where(phase == 0, 1, phase)
         for i in range(count):
-            # x^ = sum conj(u_i) w_i x_i and x_i ~ u_i / w_i x^
-            _put(down[i], a, b, count * weights[i] * best[:, i].conj())
-            _put(back[i], a, b, (best[:, i] / weights[i]).conj())
+            _put(down[i], a, b, count * weights[i] * best[:, i].conj() * gauge)
+            _put(back[i], a, b, (factors[i] / gauge).conj())
     return JointMaps(tuple(down), tuple(back), lost / max(total, 1e-300))
 
 
@@ -78,6 +85,17 @@ def _put(target: Tensor, a: Tensor, b: Tensor, factor: Tensor) -> None:
     """Let entries -> target^T entries multiply the pairs (a, b), as complex numbers, with ``factor``."""
     target[a, a] = target[b, b] = factor.real
     target[b, a], target[a, b] = -factor.imag, factor.imag
+
+
+def _gauge(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """G and its inverse: the maps back B_i G^-1 keep lengths on average (sum_i G^-T B_i^T B_i G^-1 is that of as many
+    identities), and are turned such that their sum is closest to them."""
+    values, vectors = torch.linalg.eigh(torch.stack([m.T @ m for m in maps]).mean(0))
+    values = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
+    stretch, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    left, _, right = torch.linalg.svd(torch.stack([m @ inverse for m in maps]).sum(0))
+    turn = left @ right
+    return turn @ stretch, inverse @ turn.T
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
