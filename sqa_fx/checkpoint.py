@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ def convert_checkpoint(
     100 MB, whatever the size of tensors, unless the plan has calibrated rotations or refitted projections: such tensors
     are held whole, a few times over in float64. ``verify`` reads every shard again from the file system and compares.
     ``overwrite`` replaces a complete result of an earlier conversion, ``restart`` forgets an unfinished one.
-    ``finish(directory, plan)`` is called before the directory is published, in place of that search, and may change
-    files other than the shards, such as config.json, which is otherwise a copy. ``on_bytes(written, total)`` is told of
-    progress.
+    ``finish`` takes the place of that search, which begins when the shards are written: ``finish(plan)`` is a context
+    that is entered before they are, so that what needs the plan alone can run beside, and what it gives is called with
+    the directory before that is published. It may change files other than the shards, such as config.json, which is
+    otherwise a copy. ``on_bytes(written, total)`` is told of progress.
 
     Raises MissingError (no checkpoint), InputError (a damaged shard or index, a full disk, a directory that exists or
     cannot be written, another unfinished run), PlanError (parameters without a tensor, quantised weights, an unfinished
@@ -226,15 +228,20 @@ def convert_files(
         record, plan = begin(folder, files, request, make)
         cuts = cuts_by_key(plan, record.keys)
         if (folder / JOURNAL).exists() or not (folder / MANIFEST).exists():
-            record, kept = write_shards(folder, files, record, cuts, jobs, verify, on_bytes)
-            write_index(folder, files, cuts)
-            copy_others(folder, files)
-            if finish is not None:
-                finish(folder, plan)
+            with (finish or _unchanged)(plan) as finished:
+                record, kept = write_shards(folder, files, record, cuts, jobs, verify, on_bytes)
+                write_index(folder, files, cuts)
+                copy_others(folder, files)
+                finished(folder)
         else:
             kept = len(files.shards)
         record = publish(folder, target, record, overwrite)
     return _report(target, files, record, plan, kept, start, finish)
+
+
+@contextlib.contextmanager
+def _unchanged(plan: Plan) -> Iterator[Callable[[Path], None]]:
+    yield lambda folder: None
 
 
 def _report(

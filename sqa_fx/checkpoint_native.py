@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from sqa_fx.api import convert
 from sqa_fx.checkpoint_journal import write_durably
+from sqa_fx.checkpoint_run import Finish
 from sqa_fx.config_search import Change, Heads, Search, cut_shapes, fields_of, head_groups, unevenness
 from sqa_fx.errors import InputError, MissingError, PlanError, SqaError, VerifyError, first_line
 from sqa_fx.inputs import example_inputs
@@ -216,21 +218,36 @@ def _operated(
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def loading_finish(checkpoint: Path, judged: Callable[[Path, Plan], Verdict] = judge) -> Callable[[Path, Plan], None]:
+Judging = Callable[[Path, Plan], AbstractContextManager[Callable[[], Verdict]]]
+"""Entered before shards are written; what it gives waits for what :func:`judge` says."""
+
+
+@contextmanager
+def judging_when_asked(checkpoint: Path, plan: Plan) -> Iterator[Callable[[], Verdict]]:
+    """Judges in this process, and only when asked: beside the shards, it would need its memory on top of theirs."""
+    yield lambda: judge(checkpoint, plan)
+
+
+def loading_finish(checkpoint: Path, judging: Judging = judging_when_asked) -> Finish:
     """For ``finish=`` of a conversion: writes the config that says SQA, or sqa_fx.json with why there is none."""
 
-    def finish(folder: Path, plan: Plan) -> None:
-        verdict = judged(checkpoint, plan)
-        if verdict.config is not None:
-            write_durably(folder / "config.json", (json.dumps(verdict.config, indent=2) + "\n").encode())
-            said = {"loads_with": verdict.auto, "fields": dict(verdict.fields), "proved": verdict.proved}
-            write_durably(folder / NATIVE, (json.dumps(said, indent=1) + "\n").encode())
-            return
-        surgery = None if verdict.surgery is None else Surgery.from_json(verdict.surgery)
-        content = own_bytes(verdict.cls, verdict.why, surgery, plan.to_json(), {"proved": verdict.proved})
-        write_durably(folder / META, content)
+    @contextmanager
+    def finish(plan: Plan) -> Iterator[Callable[[Path], None]]:
+        with judging(checkpoint, plan) as verdict:
+            yield lambda folder: _write_verdict(folder, plan, verdict())
 
     return finish
+
+
+def _write_verdict(folder: Path, plan: Plan, verdict: Verdict) -> None:
+    if verdict.config is not None:
+        write_durably(folder / "config.json", (json.dumps(verdict.config, indent=2) + "\n").encode())
+        said = {"loads_with": verdict.auto, "fields": dict(verdict.fields), "proved": verdict.proved}
+        write_durably(folder / NATIVE, (json.dumps(said, indent=1) + "\n").encode())
+        return
+    surgery = None if verdict.surgery is None else Surgery.from_json(verdict.surgery)
+    content = own_bytes(verdict.cls, verdict.why, surgery, plan.to_json(), {"proved": verdict.proved})
+    write_durably(folder / META, content)
 
 
 def native_config(raw: Mapping[str, Any], stock: Stock, fields: Mapping[str, int]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ from sqa_fx.errors import InputError, PlanError
 from sqa_fx.plan import Plan
 from sqa_fx.whole_file import replace_directory
 
-Finish = Callable[[Path, Plan], None]
+Finish = Callable[[Plan], contextlib.AbstractContextManager[Callable[[Path], None]]]
+"""Entered with the plan before shards are written, and left when they are, or when that failed; what it gives is called
+with the folder, once all other files are in it."""
 OnBytes = Callable[[int, int], None]
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -22,6 +28,8 @@ from sqa_fx.errors import InputError
 from sqa_fx.inputs import parse_input_spec
 from sqa_fx.plan import Plan
 from sqa_fx.progress import hidden
+
+_T = TypeVar("_T")
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +96,7 @@ def run_convert(options: argparse.Namespace) -> int:
             "overwrite": options.overwrite,
             "restart": options.restart,
             "on_bytes": progress,
-            "finish": None if options.no_native else loading_finish(options.checkpoint, _judged_in_a_process),
+            "finish": None if options.no_native else loading_finish(options.checkpoint, _judging_beside),
         }
         left_out: dict[str, Any] = {"native": False} if options.no_native else {}
         if options.plan is not None:
@@ -126,14 +134,48 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 
 def _in_a_process(checkpoint: Path, choices: dict[str, Any]) -> Planned:
     """The plan, made in a process of its own, whose memory is free again when the shards are written."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_planned, checkpoint, choices).result()
+    with _beside(_planned, checkpoint, choices) as made:
+        return made()
 
 
-def _judged_in_a_process(checkpoint: Path, plan: Plan) -> Verdict:
-    """How the result loads, found out in a process of its own, whose memory is not this one's."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_judged, checkpoint, plan).result()
+def _judging_beside(checkpoint: Path, plan: Plan) -> AbstractContextManager[Callable[[], Verdict]]:
+    """How the result loads, found out while this process writes shards."""
+    # No verdict depends on the tensors of a plan; to send them, torch would move them to shared memory while others
+    # read them.
+    return _beside(_judged, checkpoint, replace(plan, tensors={}))
+
+
+@contextmanager
+def _beside(work: Callable[..., _T], *arguments: Any) -> Iterator[Callable[[], _T]]:
+    """Begins ``work`` in a process of its own, whose memory is not this one's; what it gives waits for the result. The
+    process ends with its work, and is ended where nobody waits for that any more."""
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    # An interrupt is for the process that waits: the other one inherits that it is blocked.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        answer = pool.submit(work, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    (process,) = pool._processes.values()  # only Python 3.14 has a public way to end it
+    pool.shutdown(wait=False)
+    try:
+        yield answer.result
+    finally:
+        if not answer.done():
+            process.terminate()
+        process.join()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that began it is killed: it would wait for more work for ever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _judged(checkpoint: Path, plan: Plan) -> Verdict:

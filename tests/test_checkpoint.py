@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,16 @@ def test_a_single_file_and_a_hook(model: Any, converted: Any, tmp_path: Path) ->
     model.save_pretrained(tmp_path / "in")
     seen: list[Path] = []
 
-    def finish(folder: Path, plan: Plan) -> None:
-        assert plan.same_cuts(converted.plan)
+    def finished(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists() and (folder / "config.json").exists()
         seen.append(folder)
         (folder / "config.json").write_text('{"changed": true}')
+
+    @contextlib.contextmanager
+    def finish(plan: Plan) -> Iterator[Callable[[Path], None]]:
+        assert plan.same_cuts(converted.plan) and not progress, "before a byte is written"
+        yield finished
+        assert seen and not (tmp_path / "out").exists(), "before it is published"
 
     progress: list[tuple[int, int]] = []
     report = sqa_fx.convert_checkpoint(
