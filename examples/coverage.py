@@ -14,28 +14,18 @@ any softmax (or other weighing) over positions. Exit code 1 when a wrong result 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fnmatch
-import json
-import logging
-import multiprocessing
-import signal
-import sys
-import time
-import types
-import warnings
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo_runs import Job, arguments, as_json, open_zoo, print_summary, run_all, said_error, summary_table, timed, write
 
 import sqa_fx
 from sqa_fx.errors import CaptureError, NoAttentionError, VerifyError
-from sqa_fx.torchvision_ops import make_torchvision_importable
 
 # Ordinary eager in float32 on both sides: far above rounding, far below what a wrong head does.
 WRONG = 1e-4
@@ -65,30 +55,6 @@ class Run:
     way: str = ""
     reason: str = ""
     seconds: float = 0.0
-
-
-class OutOfTime(BaseException):
-    """The entry took too long. Not an Exception, so that nobody's handler swallows it."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raise OutOfTime after ``seconds``, again and again in case something caught it."""
-
-    armed = [True]
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        if armed:
-            raise OutOfTime
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
-    try:
-        yield
-    finally:
-        armed.clear()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def _entries(ranges: list[str]) -> Tensor:
@@ -292,20 +258,14 @@ def _line(run: Run) -> str:
     )
 
 
-def one_run(job: tuple[str, str, int, bool]) -> Run:
+def one_run(job: Job, identity: bool) -> Run:
     """One entry in one implementation, timed and limited."""
     import allzoo
 
-    name, impl, timeout, identity = job
+    name, impl, seconds = job
     entry = allzoo.ZOO[name]
-    start = time.perf_counter()
-    try:
-        with time_limit(timeout):
-            run = run_entry(name, entry, impl, identity)
-    except OutOfTime:
-        run = Run(name, impl, "out of time", true=entry.n_attn)
-    run.seconds = time.perf_counter() - start
-    return run
+    late = Run(name, impl, "out of time", true=entry.n_attn)
+    return timed(seconds, lambda: run_entry(name, entry, impl, identity), late)
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
@@ -347,9 +307,7 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
         f"torch {torch.__version__}, hq = hkv = 0.5, proofs in float64. Made by",
         "`python examples/coverage.py --zoo PATH --identity --out examples/results/coverage`.",
         "",
-        "| | |",
-        "|---|---:|",
-        *(f"| {key} | {value} |" for key, value in summary.items()),
+        *summary_table(summary),
         "",
         "| model | form | result | converted | proof error | eager error | identity | refused or reason |",
         "|---|---|---|---:|---:|---:|---|---|",
@@ -357,8 +315,7 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
     for r in runs:
         if r.status == "no run":
             continue
-        proof = f"{r.proof_error:.0e}" if r.proof_error is not None else ""
-        eager = f"{r.eager_error:.0e}" if r.eager_error is not None else ""
+        proof, eager = said_error(r.proof_error), said_error(r.eager_error)
         why = "; ".join([*r.kinds, *([r.way] if r.way else []), *([r.reason[:90]] if r.reason else [])])
         total = r.true if r.true is not None else r.found
         lines.append(
@@ -371,50 +328,25 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the zoo. Returns 1 when a wrong result passed the proof, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True, help="folder with allzoo.py")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="entries to run, as name or name:impl (glob)"
-    )
+    arguments(parser, timeout=120)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
-    parser.add_argument("--timeout", type=int, default=120, metavar="SECONDS", help="per entry and implementation")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--identity", action="store_true", help="also convert to the model's own head counts")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     options = parser.parse_args(argv)
-    if not (options.zoo / "allzoo.py").is_file():
-        print(f"{options.zoo} holds no allzoo.py", file=sys.stderr)
+    if not open_zoo(options.zoo):
         return 2
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    make_torchvision_importable()
-    sys.path.insert(0, str(options.zoo.resolve()))
-    import allzoo
 
-    wanted = [
-        (name, impl)
-        for name, entry in allzoo.ZOO.items()
-        for impl in entry.impls
-        if not options.only or any(fnmatch.fnmatchcase(t, p) for t in (name, f"{name}:{impl}") for p in options.only)
-    ]
-    jobs = [(name, impl, options.timeout, options.identity) for name, impl in wanted]
-    runs: list[Run] = []
-    # One process per model and worker at a time: a model that runs out of memory or time takes no other with it.
-    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=20) as pool:
-        for run in pool.imap(one_run, jobs):
-            runs.append(run)
-            if not options.json:
-                print(_line(run), flush=True)
+    def tell(runs: list[Run]) -> None:
+        if not options.json:
+            print(_line(runs[-1]), flush=True)
+
+    runs = run_all(functools.partial(one_run, identity=options.identity), options, tell)
     summary = summarise(runs)
     if options.out is not None:
-        options.out.with_suffix(".json").write_text(
-            json.dumps({"summary": summary, "runs": [asdict(r) for r in runs]}, indent=1) + "\n"
-        )
-        options.out.with_suffix(".md").write_text(markdown(summary, runs))
+        write(options.out, summary, runs, markdown(summary, runs))
     if options.json:
-        print(json.dumps({"summary": summary, "runs": [asdict(r) for r in runs]}, indent=1))
+        print(as_json(summary, runs))
     else:
-        print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
+        print_summary(summary)
     return 1 if summary["wrong results"] else 0
 
 

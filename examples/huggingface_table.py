@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured_rows import fact_lines
 
 import sqa_fx
 from sqa_fx.environment import environment
@@ -161,7 +162,7 @@ def table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         "is the largest difference to the converted graph in float64, relative to the largest output, with random "
         "weights that make scores of ordinary size.",
         "",
-        *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
+        fact_lines(facts),
         "",
         "| model | loads | config | error | generation | not native because |",
         "|---|---|---|---:|---|---|",

@@ -34,7 +34,7 @@ from compare_engines import (
     verdicts,
 )
 from long_context_models import CASES, Case, scaled
-from measured_rows import MeasuredRows, Row, arguments, failure, markdown
+from measured_rows import MeasuredRows, Row, arguments, failure, markdown, report_facts
 from torch import Tensor, nn
 
 import sqa_fx
@@ -152,11 +152,8 @@ def flat(rows: Sequence[Row]) -> list[Row]:
 
 def report(content: Mapping[str, Any]) -> str:
     """The Markdown of a results file."""
-    facts = {k: v for k, v in content.items() if k not in ("rows", "settings")} | content["settings"]
-    about = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
-    return (
-        "\n\n".join(["# Long contexts", about, table(content["rows"]), remarks(flat(content["rows"]))]).strip() + "\n"
-    )
+    rows = content["rows"]
+    return "\n\n".join(["# Long contexts", report_facts(content), table(rows), remarks(flat(rows))]).strip() + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:

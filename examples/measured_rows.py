@@ -138,6 +138,16 @@ def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "rows": [row for content in contents for row in content["rows"]]}
 
 
+def fact_lines(facts: Mapping[str, Any]) -> str:
+    """A Markdown list of the facts that are known."""
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+
+
+def report_facts(content: Mapping[str, Any]) -> str:
+    """The head of a results file's report: on what, and with which settings, its rows were measured."""
+    return fact_lines({k: v for k, v in content.items() if k not in ("rows", "settings")} | content["settings"])
+
+
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))

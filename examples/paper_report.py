@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paper_figures
-from measured_rows import Row, markdown
+from measured_rows import Row, markdown, report_facts
 
 from sqa_fx.errors import InputError
 from sqa_fx.ideal import SiteTime, ideal_ms
@@ -76,9 +76,7 @@ def verdicts(row: Row, layers: int) -> dict[str, bool]:
 def report(content: Mapping[str, Any]) -> str:
     """The Markdown of a results file."""
     rows, layers = content["rows"], content["settings"]["layers"]
-    facts = {k: v for k, v in content.items() if k not in ("rows", "settings")} | content["settings"]
-    about = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
-    parts = ["# The paper's table with converted models", about]
+    parts = ["# The paper's table with converted models", report_facts(content)]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         own = [row for row in rows if row["mode"] == mode]
         parts += [f"## {mode}", speeds(own, layers), attention(own, layers)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured_rows import fact_lines
 
 from sqa_fx.environment import environment
 
@@ -35,8 +36,7 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], stem: Path, title: str)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     facts = {**about, **environment(device)}
     stem.with_suffix(".json").write_text(json.dumps({**facts, "rows": list(rows)}, indent=1) + "\n")
-    said = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
-    stem.with_suffix(".md").write_text(f"# {title}\n\n{said}\n\n{markdown(rows)}\n")
+    stem.with_suffix(".md").write_text(f"# {title}\n\n{fact_lines(facts)}\n\n{markdown(rows)}\n")
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -75,8 +75,7 @@ def main() -> None:
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     shown = over_seeds(rows) if "seed" in rows[0] else rows
     options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    said = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    options.out.with_suffix(".md").write_text(f"# {options.title}\n\n{said}\n\n{markdown(shown)}\n")
+    options.out.with_suffix(".md").write_text(f"# {options.title}\n\n{fact_lines(facts)}\n\n{markdown(shown)}\n")
 
 
 if __name__ == "__main__":

@@ -14,26 +14,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
 import json
-import logging
-import multiprocessing
-import sys
-import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from coverage import WRONG, OutOfTime, eager_error, load_masked, narrowed_outputs, time_limit
+from coverage import WRONG, eager_error, load_masked, narrowed_outputs
 from torch import Tensor, nn
+from zoo_runs import Job, arguments, open_zoo, print_summary, run_all, said_error, summary_table, timed, write
 
 import sqa_fx
 from sqa_fx.errors import CaptureError, NoAttentionError, SurgeryError
-from sqa_fx.torchvision_ops import make_torchvision_importable
 
 
 @dataclass
@@ -136,20 +130,20 @@ def run_entry(name: str, entry: Any, impl: str) -> Run:
     return run
 
 
-def one_run(job: tuple[str, str, int]) -> Run:
+def one_run(job: Job) -> Run:
     """One entry in one implementation, timed and limited."""
     import allzoo
 
-    name, impl, timeout = job
-    start = time.perf_counter()
-    try:
-        with time_limit(timeout):
-            run = run_entry(name, allzoo.ZOO[name], impl)
-    except OutOfTime:
-        run = Run(name, impl, "out of time")
-    except Exception as error:
-        run = Run(name, impl, "crashed", reason=f"{type(error).__name__}: {str(error)[:300]}")
-    run.seconds = round(time.perf_counter() - start, 1)
+    name, impl, seconds = job
+
+    def convert() -> Run:
+        try:
+            return run_entry(name, allzoo.ZOO[name], impl)
+        except Exception as error:
+            return Run(name, impl, "crashed", reason=f"{type(error).__name__}: {str(error)[:300]}")
+
+    run = timed(seconds, convert, Run(name, impl, "out of time"))
+    run.seconds = round(run.seconds, 1)
     return run
 
 
@@ -183,9 +177,7 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
         f"torch {torch.__version__}, `sqa_fx.convert_` with hq = hkv = 0.5. Made by",
         "`python examples/surgery_coverage.py --zoo PATH --out examples/results/surgery`.",
         "",
-        "| | |",
-        "|---|---:|",
-        *(f"| {key} | {value} |" for key, value in summary.items()),
+        *summary_table(summary),
         "",
         "| model | form | result | sites | proof error | sizes | eager error | attributes changed, or why not |",
         "|---|---|---|---:|---:|---:|---:|---|",
@@ -193,8 +185,7 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
     for r in runs:
         if r.status == "no run":
             continue
-        proof = f"{r.proof_error:.0e}" if r.proof_error is not None else ""
-        eager = f"{r.eager_error:.0e}" if r.eager_error is not None else ""
+        proof, eager = said_error(r.proof_error), said_error(r.eager_error)
         why = "; ".join(r.attributes) if r.status == "in place" else r.reason[:240]
         lines.append(
             f"| {r.name} | {r.impl} | {r.status} | {r.sites or ''} | {proof} | {r.sizes or ''} | {eager} | "
@@ -206,38 +197,20 @@ def markdown(summary: Mapping[str, Any], runs: list[Run]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the zoo. Returns 1 when a wrong result passed the proof or a refused model changed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True, help="folder with allzoo.py")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="entries, as name or name:impl")
-    parser.add_argument("--timeout", type=int, default=240, metavar="SECONDS", help="per entry and implementation")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
+    arguments(parser, timeout=240)
     options = parser.parse_args(argv)
-    if not (options.zoo / "allzoo.py").is_file():
-        print(f"{options.zoo} holds no allzoo.py", file=sys.stderr)
+    if not open_zoo(options.zoo):
         return 2
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    make_torchvision_importable()
-    sys.path.insert(0, str(options.zoo.resolve()))
-    import allzoo
 
-    jobs = [
-        (name, impl, options.timeout)
-        for name, entry in allzoo.ZOO.items()
-        for impl in entry.impls
-        if not options.only or any(fnmatch.fnmatchcase(t, p) for t in (name, f"{name}:{impl}") for p in options.only)
-    ]
-    runs: list[Run] = []
-    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=20) as pool:
-        for run in pool.imap(one_run, jobs):
-            runs.append(run)
-            detail = "; ".join(run.attributes) if run.status == "in place" else run.reason
-            print(f"{run.status:14} {run.name}:{run.impl} {run.seconds}s {run.trials} trials | {detail}", flush=True)
-            if options.out is not None:  # after every model, so that what is done is not lost
-                _write(options.out, runs)
-    summary = summarise(runs)
-    print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
+    def tell(runs: list[Run]) -> None:
+        run = runs[-1]
+        detail = "; ".join(run.attributes) if run.status == "in place" else run.reason
+        print(f"{run.status:14} {run.name}:{run.impl} {run.seconds}s {run.trials} trials | {detail}", flush=True)
+        if options.out is not None:  # after every model, so that what is done is not lost
+            _write(options.out, runs)
+
+    summary = summarise(run_all(one_run, options, tell))
+    print_summary(summary)
     return 1 if summary["wrong results"] or summary["refused but changed"] else 0
 
 
@@ -247,9 +220,7 @@ def _write(stem: Path, runs: list[Run]) -> None:
     earlier = [Run(**row) for row in json.loads(file.read_text())["runs"]] if file.is_file() else []
     runs = sorted([*(r for r in earlier if (r.name, r.impl) not in done), *runs], key=lambda r: (r.name, r.impl))
     summary = summarise(runs)
-    rows = [asdict(r) for r in runs]
-    stem.with_suffix(".json").write_text(json.dumps({"summary": summary, "runs": rows}, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(summary, runs))
+    write(stem, summary, runs, markdown(summary, runs))
 
 
 if __name__ == "__main__":

@@ -37,3 +37,11 @@ def _freeze() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that other tests compiled is there, nor anything left for them."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

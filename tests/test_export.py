@@ -1,11 +1,8 @@
-"""sqa_fx.export and its command line: the file, what its sidecar says of it, the check, and every refusal."""
+"""sqa_fx.export: the file, what its sidecar says of it, the check, and every refusal."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sqa_fx
-import sqa_fx.doctor
 from sqa_fx import Artifact, ConvertedModule
-from sqa_fx.cli import main
-from sqa_fx.cli_values import axis_ranges
-from sqa_fx.doctor import DoctorReport, Finding
 from sqa_fx.errors import InputError, MissingError, VerifyError
 from sqa_fx.exporters import sdpa_translation, to_onnx
 from sqa_fx.exporters.sidecar import AxisRange, Sidecar, sha256
@@ -32,28 +25,6 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 RANGES = {"x.0": (1, 2, 3), "x.1": (1, 16, 64)}
 AUTO = torch.export.Dim.AUTO
-SOURCE = '''
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    """Causal attention over ``[batch, seq, 24]`` with 4 heads of size 6."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-def make():
-    torch.manual_seed(3)
-    return Block(), (torch.randn(2, 5, 24),)
-'''
 
 
 class Block(nn.Module):
@@ -418,117 +389,3 @@ def test_overwrite(free: torch.export.ExportedProgram, tmp_path: Path) -> None:
     done = sqa_fx.export(free, path, overwrite=True, check=False)
     assert Sidecar.read(path) == done.sidecar
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "a.onnx.json"]  # the data belonged to what was replaced
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
-
-Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The name of a factory in a fresh folder, which is the current one."""
-    module = f"small_{abs(hash(tmp_path))}"
-    (tmp_path / f"{module}.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    return lambda factory: f"{module}:{factory}"
-
-
-def run_json(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == code
-    value: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return value
-
-
-def written() -> list[str]:
-    return sorted(n for n in os.listdir() if not n.endswith(".py") and n != "__pycache__")
-
-
-def test_export_command(model: Callable[[str], str], capsys: Capture) -> None:
-    given = ["export", model("make"), "-o", "x.onnx", "--hq", "2", "--baseline", "--range", "x.1=1,16,64"]
-    found = run_json(capsys, *given)["artifacts"]
-    assert [Path(a["path"]).name for a in found] == ["x.onnx", "x.baseline.onnx"]
-    assert written() == ["x.baseline.onnx", "x.baseline.onnx.json", "x.onnx", "x.onnx.json"]
-    for entry in found:
-        path = Path(entry["path"])
-        said = Sidecar.read(path)
-        length = said.inputs[0].shape[1]
-        assert isinstance(length, AxisRange) and (length.min, length.opt, length.max) == (1, 16, 64)
-        assert entry["validation"]["passed"] and entry["inputs"][0]["shape"][1]["max"] == 64
-    assert found[0]["plan"] is not None and found[1]["plan"] is None
-    assert Path("x.onnx").stat().st_size < Path("x.baseline.onnx").stat().st_size
-    assert run_json(capsys, *given, code=2)["error"]["message"].startswith("x.onnx exists")
-
-
-def test_export_command_in_words(model: Callable[[str], str], capsys: Capture) -> None:
-    assert main(["export", model("make"), "-o", "x.onnx", "--no-check", "--precision", "fp16", "--hq", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "x.onnx: onnx, opset 24, float16" in out
-    assert "input x: torch.float16 [" in out and "attention: 1 Attention nodes" in out
-    assert "not asked for" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--range", "x.1"], "--range x.1: write it as INPUT.AXIS=MIN,OPT,MAX, such as input_ids.1=1,128,4096"),
-        (["--range", "x.1=1,16"], "--range x.1=1,16: write it as"),
-        (["--range", "x.1=1,a,3"], "--range x.1=1,a,3: write it as"),
-        (["--range", "z.1=1,2,3"], "range 'z.1': no such axis; there are x.0"),
-        (["--compute-capability", "sm_89"], "--compute-capability belongs to --to tensorrt-rtx"),
-        (["--timing-cache", "c"], "--timing-cache belongs to --to tensorrt or tensorrt-rtx"),
-        (["--strict"], "--strict belongs to --to torch-tensorrt"),
-        (["--baseline"], "--baseline exports the unconverted model beside the converted one: give --hq"),
-        (["--to", "aoti"], "the suffix .onnx belongs to onnx, not to aoti; use .pt2"),
-    ],
-)
-def test_export_command_refuses(
-    model: Callable[[str], str], capsys: Capture, arguments: list[str], message: str
-) -> None:
-    assert main(["export", model("make"), "-o", "x.onnx", *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert written() == []
-
-
-def test_options_belong_to_the_format_of_the_suffix(
-    model: Callable[[str], str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-    assert main(["export", model("make"), "-o", "x.ep", "--strict"]) == 3
-    assert "sqa-fx[torch-tensorrt]" in capsys.readouterr().err
-
-
-def test_precision_of_a_saved_conversion_is_refused(model: Callable[[str], str], capsys: Capture) -> None:
-    assert main(["convert", model("make"), "--hq", "2", "-o", "saved", "--no-verify"]) == 0
-    capsys.readouterr()
-    assert main(["export", "saved", "-o", "x.onnx", "--precision", "fp16"]) == 2
-    assert "cast the model before converting it" in capsys.readouterr().err
-    assert written() == ["saved"]
-
-
-def test_axis_ranges() -> None:
-    assert axis_ranges([]) is None
-    assert axis_ranges(["a.0=1,2,3", "s0= 4, 5,6"]) == {"a.0": (1, 2, 3), "s0": (4, 5, 6)}
-
-
-def test_doctor_command(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-    report = DoctorReport(
-        (Finding("eager", "usable", "CPU"), Finding("aoti", "missing", "no compiler", "apt install g++", {"g++": "9"}))
-    )
-
-    def diagnose(*, timeout: float) -> DoctorReport:
-        asked.append(timeout)
-        return report
-
-    monkeypatch.setattr(sqa_fx.doctor, "diagnose", diagnose)
-    found = run_json(capsys, "doctor", "--timeout", "7")
-    assert asked == [7.0]
-    assert [(b["backend"], b["status"], b["fix"]) for b in found["backends"]] == [
-        ("eager", "usable", None),
-        ("aoti", "missing", "apt install g++"),
-    ]
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert "no compiler" in out and "fix aoti: apt install g++" in out

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import example_path  # noqa: F401 (finds the examples)
+import huggingface_table
 import pytest
 import torch
 from torch import Tensor
@@ -24,18 +26,8 @@ from sqa_fx.passes.verify import masked_tensor
 from sqa_fx.plan import Plan
 
 IDS = torch.arange(2, 20).reshape(2, 9)
-TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 97,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-ENCODER: dict[str, Any] = {name: TEXT[name] for name in list(TEXT)[:4]}
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
+TEXT: dict[str, Any] = {**huggingface_table.TEXT, **ONE_LAYER}
 
 
 def _make(name: str, config: str, **fields: Any) -> Callable[[], Any]:
@@ -48,41 +40,23 @@ def _make(name: str, config: str, **fields: Any) -> Callable[[], Any]:
     return build
 
 
-WHISPER: dict[str, Any] = {
-    "vocab_size": 97,
-    "d_model": 48,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 8,
-    "decoder_attention_heads": 8,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 40,
-    "num_mel_bins": 8,
-    "max_source_positions": 20,
-    "max_target_positions": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 3,
-}
+def _listed(name: str, **changes: Any) -> Callable[[], Any]:
+    """A model of the table in examples/, with other fields."""
+    cls, config, fields = huggingface_table.MODELS[name]
+    return _make(cls, config, **{**fields, **changes})
+
+
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": _make("LlamaForCausalLM", "LlamaConfig", **TEXT),
-    "qwen2": _make("Qwen2ForCausalLM", "Qwen2Config", **TEXT),
-    "qwen3": _make("Qwen3ForCausalLM", "Qwen3Config", **TEXT, head_dim=10),
-    "mistral": _make("MistralForCausalLM", "MistralConfig", **TEXT, sliding_window=5),
-    "gemma": _make("GemmaForCausalLM", "GemmaConfig", **TEXT, head_dim=10),
-    "gemma2": _make("Gemma2ForCausalLM", "Gemma2Config", **TEXT, head_dim=10, query_pre_attn_scalar=12),
-    "gemma3": _make(
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        **{**TEXT, "num_hidden_layers": 2},
-        head_dim=10,
-        sliding_window=5,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "bert": _make("BertModel", "BertConfig", **ENCODER, vocab_size=97),
-    "vit": _make("ViTModel", "ViTConfig", **ENCODER, image_size=32, patch_size=8),
-    "whisper": _make("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+    "llama": _listed("Llama", **ONE_LAYER),
+    "qwen2": _listed("Qwen2", **ONE_LAYER),
+    "qwen3": _listed("Qwen3", **ONE_LAYER),
+    "mistral": _listed("Mistral", **ONE_LAYER),
+    "gemma": _listed("Gemma", **ONE_LAYER),
+    "gemma2": _listed("Gemma 2", **ONE_LAYER),
+    "gemma3": _listed("Gemma 3", layer_types=["sliding_attention", "full_attention"]),
+    "bert": _listed("BERT", **ONE_LAYER),
+    "vit": _listed("ViT", **ONE_LAYER),
+    "whisper": _listed("Whisper", encoder_layers=1, decoder_layers=1),
     "mixture": _make(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -92,17 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=24,
     ),
-    "hybrid": _make(
-        "BambaForCausalLM",
-        "BambaConfig",
-        **{**TEXT, "num_hidden_layers": 2},
-        attn_layer_indices=[1],
-        mamba_n_heads=12,
-        mamba_d_head=8,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-        mamba_chunk_size=8,
-    ),
+    "hybrid": _listed("Bamba (attention and state-space)"),
 }
 NATIVE: dict[str, dict[str, int]] = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -348,22 +312,7 @@ def test_fused_projections_lie_as_the_class_expects(tmp_path: Path) -> None:
     """Keys and values of a head lie side by side in one projection; the plan has all keys first."""
     import transformers
 
-    build = _make(
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        **{**TEXT, "num_key_value_heads": 8},
-        q_lora_rank=16,
-        kv_lora_rank=12,
-        qk_nope_head_dim=6,
-        qk_rope_head_dim=4,
-        v_head_dim=10,
-        first_k_dense_replace=1,
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-    )
+    build = _listed("DeepSeek-V3", **ONE_LAYER, first_k_dense_replace=1)
     converted = sqa_fx.convert(build(), hq=4, hkv=4)
     artifact = sqa_fx.export(converted, tmp_path / "out", to="huggingface")
     assert artifact.sidecar.notes[0] == "loads natively, with AutoModelForCausalLM"

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import example_path  # noqa: F401 (finds the examples)
 import pytest
 import torch
+from huggingface_table import TEXT
 
 import sqa_fx
-from sqa_fx import checkpoint_native
+from sqa_fx import checkpoint as checkpoint_module
+from sqa_fx import checkpoint_native, cli_checkpoint
 from sqa_fx.checkpoint_native import Verdict, judge, native_config
+from sqa_fx.checkpoint_run import write_shards
 from sqa_fx.cli import main
 from sqa_fx.config_search import Heads, head_groups
 from sqa_fx.errors import InputError
@@ -21,17 +32,7 @@ from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.sibling import LARGEST, small_siblings
 from sqa_fx.stock_model import Stock, plain_fields, stock_of, stock_of_config
 
-FIELDS: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 97,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+FIELDS: dict[str, Any] = {**TEXT, "hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 3}
 
 
 def model() -> Any:
@@ -52,10 +53,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_config_that_says_sqa(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def plan(checkpoint: Path) -> Plan:
+    return sqa_fx.plan(checkpoint, hq=4, hkv=2, dynamic_shapes=None)
+
+
+def test_a_config_that_says_sqa(checkpoint: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    plan = sqa_fx.plan(checkpoint, hq=4, hkv=2, dynamic_shapes=None)
     asked: list[Verdict] = []
 
     def cut_off(folder: Path, plan: Plan) -> Verdict:
@@ -63,14 +68,14 @@ def test_a_config_that_says_sqa(checkpoint: Path, tmp_path: Path, monkeypatch: p
         raise InputError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_native.loading_finish, "__defaults__", (cut_off,))
+        patch.setattr(checkpoint_native, "judge", cut_off)
         with pytest.raises(InputError, match="killed"):
             sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", plan=plan)
     assert not (tmp_path / "out").exists()
     report = sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", plan=plan)
     assert report.shards_kept == report.shards
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_native.loading_finish, "__defaults__", (lambda *_: asked[0],))
+        patch.setattr(checkpoint_native, "judge", lambda *_: asked[0])
         sqa_fx.convert_checkpoint(checkpoint, tmp_path / "straight", plan=plan)
     assert digests(tmp_path / "out") == digests(tmp_path / "straight"), "a run that was cut off leaves the same bytes"
     assert report.notes[0] == "loads natively, with AutoModelForCausalLM"
@@ -115,9 +120,115 @@ def test_a_class_without_such_a_config(tmp_path: Path) -> None:
     assert (tmp_path / "in" / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
 
 
-def test_no_search(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sqa_fx.plan(checkpoint, hq=4, hkv=2, dynamic_shapes=None).save(tmp_path / "plan.json")
-    command = ["convert-checkpoint", str(checkpoint), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json")]
+@pytest.fixture
+def command(checkpoint: Path, plan: Plan, tmp_path: Path) -> list[str]:
+    """Converts ``checkpoint`` into ``out`` with a saved plan."""
+    replace(plan, tensors={"spare": torch.ones(2)}).save(tmp_path / "plan.json")
+    return ["convert-checkpoint", str(checkpoint), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json")]
+
+
+def found(path: Path) -> bool:
+    """True as soon as another process has made ``path``."""
+    end = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return path.exists()
+
+
+def _judged_at_once(checkpoint: Path, plan: Plan) -> Verdict:
+    assert not plan.tensors, "what is cut with stays where it is"
+    (checkpoint / ".judging").touch()
+    return Verdict("Qwen2ForCausalLM", "", why=f"process {os.getpid()} says so")
+
+
+def _judged_never(checkpoint: Path, plan: Plan) -> Verdict:
+    (checkpoint / ".judging").touch()
+    time.sleep(600)
+    raise AssertionError
+
+
+def test_the_proof_runs_beside_the_shards(
+    checkpoint: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any) -> Any:
+        assert found(checkpoint / ".judging"), "nothing is written before"
+        return write_shards(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_checkpoint, "_judged", _judged_at_once)
+        patch.setattr(checkpoint_module, "write_shards", write)
+        assert main(command) == 0
+    (checkpoint / ".judging").unlink()
+    said = capsys.readouterr().out
+    assert "says so" in said and f"process {os.getpid()} " not in said
+    monkeypatch.setattr(cli_checkpoint, "_beside", None)  # what is published needs no process
+    assert main(command) == 0 and "says so" in capsys.readouterr().out
+
+
+def test_an_error_does_not_wait_for_the_proof(
+    checkpoint: Path,
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed: list[float] = []
+
+    def write(*_: Any) -> Any:
+        assert found(checkpoint / ".judging")
+        failed.append(time.monotonic())
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(cli_checkpoint, "_judged", _judged_never)
+    monkeypatch.setattr(checkpoint_module, "write_shards", write)
+    before = set(multiprocessing.active_children())
+    assert main(command) == 2
+    assert time.monotonic() - failed[0] < 10 and set(multiprocessing.active_children()) <= before
+    (checkpoint / ".judging").unlink()
+    assert capsys.readouterr().err == "sqa-fx: error: the disk is full\n"
+    assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+
+
+def _work(beside: Callable[..., Any], file: Path) -> None:
+    with beside(_write_own_id, file) as answer:
+        answer()
+
+
+def _write_own_id(file: Path) -> None:
+    file.with_suffix(".new").write_text(str(os.getpid()))
+    file.with_suffix(".new").rename(file)
+    time.sleep(600)
+
+
+def runs(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes() != b""  # empty: it ended, and nobody took note yet
+    return False
+
+
+def test_a_process_that_dies_and_one_that_is_left_alone(tmp_path: Path) -> None:
+    with cli_checkpoint._beside(os._exit, 1) as answer, pytest.raises(BrokenProcessPool):
+        answer()
+    starter = multiprocessing.get_context("fork").Process(target=_work, args=(cli_checkpoint._beside, tmp_path / "id"))
+    starter.start()
+    assert found(tmp_path / "id")
+    worker, end = int((tmp_path / "id").read_text()), time.monotonic() + 10
+    assert runs(worker)
+    starter.kill()
+    starter.join()
+    while runs(worker) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not runs(worker)
+
+
+def test_no_search(
+    checkpoint: Path,
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli_checkpoint, "_beside", None)  # it starts no process
     assert main([*command, "--no-native"]) == 0
     assert "config.json is a copy: it still says" in capsys.readouterr().out
     assert (tmp_path / "out" / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
