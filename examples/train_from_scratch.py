@@ -21,7 +21,7 @@ from typing import Any
 
 import paper_figures
 import torch
-from measured_rows import MeasuredRows, Row, arguments
+from measured_rows import MeasuredRows, Row, arguments, report_facts
 from paper_measure import language_loss
 from paper_model import VARIANTS, DenseModel, Sizes
 from parallel_runs import in_processes
@@ -97,7 +97,7 @@ class Training:
 
         def conversion() -> nn.Module:
             if not made:
-                source = windows(self.tokens, o.batch // 2, o.length, 1000 + seed, o.device)
+                source = windows(self.tokens, o.heal_batch, o.length, 1000 + seed, o.device)
                 calibration = [(next(source)[0],) for _ in range(o.calibration)]
                 hq, hkv = VARIANTS[variant]
                 made.append(sqa_fx.convert(self.mha(seed), hq=hq, hkv=hkv, args=calibration[0],
@@ -112,8 +112,8 @@ class Training:
         def healed() -> Row:
             start = time.perf_counter()
             student = conversion()
-            source = windows(self.tokens, o.batch // 2, o.length, 500 + seed, o.device)
-            steps = max(2, round(2 * o.steps * o.heal_share))
+            source = windows(self.tokens, o.heal_batch, o.length, 500 + seed, o.device)
+            steps = max(2, round(o.steps * o.heal_share * o.batch / o.heal_batch))
             sqa_fx.heal(
                 student, self.mha(seed), [(next(source)[0],) for _ in range(steps)], steps=steps, lr=o.heal_lr,
                 warmup=max(1, steps // 10), loss="kl", precision="bf16" if o.device == "cuda" else "fp32",
@@ -122,7 +122,7 @@ class Training:
             return {
                 **self.quality(student),
                 "seconds": time.perf_counter() - start,
-                "tokens": self.calibration_tokens + steps * (o.batch // 2) * o.length,
+                "tokens": self.calibration_tokens + steps * o.heal_batch * o.length,
             }
 
         return rows.measure(plain, variant=variant, seed=seed, method=CONVERTED) and rows.measure(
@@ -133,7 +133,7 @@ class Training:
     def calibration_tokens(self) -> int:
         """How many tokens a conversion reads."""
         o = self.options
-        return int(o.calibration * (o.batch // 2) * o.length)
+        return int(o.calibration * o.heal_batch * o.length)
 
     @torch.no_grad()
     def quality(self, model: nn.Module) -> Row:
@@ -157,7 +157,7 @@ def work(options: argparse.Namespace) -> list[str]:
 
 def measure(options: argparse.Namespace) -> None:
     """All rows in this process."""
-    names = ("steps", "batch", "length", "lr", "heal_lr", "heal_share", "calibration", "evaluations")
+    names = ("steps", "batch", "length", "lr", "heal_lr", "heal_batch", "heal_share", "calibration", "evaluations")
     sizes = ("layers", "width", "vocabulary", "megabytes")
     settings = {name: getattr(options, name) for name in (*names, *sizes)}
     cuda = options.device == "cuda"
@@ -182,14 +182,13 @@ def measure(options: argparse.Namespace) -> None:
 
 def report(content: Mapping[str, Any]) -> str:
     """The Markdown of a results file."""
-    facts = {k: v for k, v in content.items() if k not in ("rows", "settings")} | content["settings"]
-    about = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
     failed = [f"- {r['variant']}, seed {r['seed']}, {r['method']}: {r['failed']}" for r in content["rows"]
               if "failed" in r]  # fmt: skip
     said = (
         "Means over seeds; the paper's figures are of its own data (half of the English Wikipedia): only how variants "
         "are ordered can be compared. Tokens are those that the method read after what it started from."
     )
+    about = report_facts(content)
     parts = ["# Trained from scratch, and converted", about, markdown(summary(content["rows"])), said, *failed]
     return "\n\n".join(parts) + "\n"
 
@@ -230,10 +229,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=32 if cuda else 8)
     found.add_argument("--steps", type=int, default=1000 if cuda else 20)
     found.add_argument("--lr", type=float, default=2e-3)
-    found.add_argument("--heal-lr", type=float, default=5e-4)
+    found.add_argument("--heal-lr", type=float, default=6e-4)
+    found.add_argument("--heal-batch", type=int, default=2, help="windows, for calibration too")
     found.add_argument("--heal-share", type=float, default=0.05, help="of the training tokens")
-    found.add_argument("--calibration", type=int, default=16 if cuda else 2, help="batches of half the training's")
-    found.add_argument("--evaluations", type=int, default=16 if cuda else 2, help="the same, held out")
+    found.add_argument("--calibration", type=int, default=128 if cuda else 2, help="batches")
+    found.add_argument("--evaluations", type=int, default=16 if cuda else 2, help="batches as in training, held out")
     return found
 
 
