@@ -120,7 +120,7 @@ def gpt(contents: Contents) -> bytes:
     rows = contents[0]["rows"]
     original = gpt_loss(rows, "MHA", "original")
     figure, both = panels(2)
-    starts = {"reconstruct, aligned, repaired": "chosen, merged and repaired", "weights, mean": "by weights, averaged"}
+    starts = {"reconstruct, joint, repaired": "chosen, merged and repaired", "weights, mean": "by weights, averaged"}
     for axes, (variant, name) in zip(both, {"sSQA": "sSQA (6, 6)", "SQA": "SQA (6, 3)"}.items(), strict=True):
         for i, (method, label) in enumerate(starts.items()):
             healed = f"{method}, healed"

@@ -15,6 +15,7 @@ from typing import Any
 from measured_rows import Row
 from paper_figures import LENGTHS
 from paper_figures import speedup as paper_speedup
+from paper_model import VARIANTS
 from paper_report import figures
 from train_from_scratch import CONVERTED, HEALED, SCRATCH, summary
 
@@ -22,8 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = {"ViT-B": "vit", "BERT-base": "bert", "Llama-1B": "llama"}
 ENGINES = {"compiled": "torch.compile", "onnx": "ONNX Runtime", "tensorrt-rtx": "TensorRT-RTX",
            "torch-tensorrt": "torch_tensorrt"}  # fmt: skip
-GPT_METHODS = ["weights, mean", "reconstruct, aligned", "reconstruct, aligned, repaired",
-               "reconstruct, aligned, repaired, healed", "trained from scratch"]  # fmt: skip
+GPT_METHODS = ["weights, mean", "reconstruct, aligned, repaired", "reconstruct, joint, repaired",
+               "reconstruct, joint, repaired, healed", "trained from scratch"]  # fmt: skip
 
 
 def content(name: str) -> dict[str, Any]:
@@ -41,12 +42,15 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def minilm() -> str:
     """Mean cosine of the sentence encoder by method."""
-    rows = {(row["heads"], row["method"]): row["mean cosine"] for row in content("quality_minilm_h200.json")["rows"]}
-    methods = ["weights", "importance", "reconstruct, repaired", "reconstruct, repaired, healed"]
-    head = ["query heads, KV heads", "by weights", "by importance", "chosen, merged and repaired",
-            "and healed (600 steps)"]  # fmt: skip
+    # Of several healings the longest comes last.
+    rows = {(row["heads"], row["method"]): row for row in content("quality_minilm_h200.json")["rows"]}
+    healed = "reconstruct, repaired, healed"
+    methods = ["weights", "importance", "reconstruct, repaired", healed]
+    head = ["query heads, KV heads", "by weights", "by importance", "chosen, merged and repaired", "and healed",
+            "healing steps"]  # fmt: skip
     heads = dict.fromkeys(h for h, _ in rows)
-    return table(head, [[h.replace(",", ", "), *(f"{rows[h, m]:.3f}" for m in methods)] for h in heads])
+    return table(head, [[h.replace(",", ", "), *(f"{rows[h, m]['mean cosine']:.3f}" for m in methods),
+                         str(rows[h, healed]["healing steps"])] for h in heads])  # fmt: skip
 
 
 def gpt_loss(rows: Sequence[Row], variant: str, method: str, tokens: int | None = None) -> float:
@@ -60,8 +64,8 @@ def gpt_loss(rows: Sequence[Row], variant: str, method: str, tokens: int | None 
 def gpt() -> str:
     """Loss of the GPT by method."""
     rows = content("quality_gpt_h200.json")["rows"]
-    head = ["", "by weights, KV averaged", "chosen and merged", "and repaired", "and healed on 5% of the tokens",
-            "trained with so few heads from scratch"]  # fmt: skip
+    head = ["", "by weights, KV averaged", "chosen, merged by aligned, repaired", "merged by joint, repaired",
+            "and healed on 5% of the tokens", "trained with so few heads from scratch"]  # fmt: skip
     names = {"sSQA": "sSQA (6, 6)", "SQA": "SQA (6, 3)"}
     return table(head, [[n, *(f"{gpt_loss(rows, v, m):.3f}" for m in GPT_METHODS)] for v, n in names.items()])
 
@@ -88,7 +92,7 @@ def paper(file: str) -> str:
              if r["mode"] == "forward" and "failed" in r and not isinstance(r["failed"], str)}  # fmt: skip
     lengths = [n for n in LENGTHS if any(length == n for _, length in found)]
     body = []
-    for variant in dict.fromkeys(v for v, _ in found):
+    for variant in sorted({v for v, _ in found}, key=[*VARIANTS].index):
         cells = []
         for length in lengths:
             own, said = found.get((variant, length), {}).get("converted speedup"), paper_speedup(variant, length)
