@@ -133,3 +133,21 @@ def test_one_head_that_tells_of_all(structure: Structure) -> None:
     if not structure.pairs:  # then it is the best of all linear maps: principal components of all heads together
         values = torch.linalg.eigvalsh(x.T @ x)
         assert made.lost == pytest.approx(float(values[:-SIZE].sum() / values.sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("structure", [structures(SIZE)[0], HALVES], ids=lambda s: s.name)
+def test_a_merged_head_has_the_scale_of_its_heads(structure: Structure, scale: float) -> None:
+    """Whatever reads the heads: half precision and an optimizer need weights as large as they were."""
+    generator = torch.Generator().manual_seed(5)
+    heads = [torch.randn(300, SIZE, generator=generator, dtype=torch.float64) for _ in range(3)]
+    reads = [scale * torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64) for _ in range(3)]
+    x = torch.cat(heads, 1)
+    made = Likeness(x.T @ x, SIZE, structure).joint([0, 1, 2], [m.T @ m for m in reads])
+    assert sum(float(b.square().sum()) for b in made.back) == pytest.approx(3 * SIZE)
+    merged = torch.stack([h @ d for h, d in zip(heads, made.down, strict=True)]).mean(0)
+    assert 0.2 < float(merged.square().mean().sqrt()) < 2
+    alone = Likeness(heads[0].T @ heads[0], SIZE, structure).joint([0], [reads[0].T @ reads[0]])
+    unit = torch.eye(SIZE, dtype=torch.float64)
+    torch.testing.assert_close(alone.down[0], unit)
+    torch.testing.assert_close(alone.back[0], unit)
