@@ -89,8 +89,13 @@ def test_killed_ten_times(checkpoint: Path, tmp_path: Path, convert: Callable[..
     shutil.rmtree(tmp_path / "out")
     generator, kills, kept, partial = random.Random(5), 0, 0, tmp_path / "out.partial"
     context = multiprocessing.get_context("fork")
+
+    def in_child() -> None:
+        torch.set_num_threads(1)  # torch mends its thread pool after a fork, and not if two threads ask for it at once
+        convert(jobs=2)
+
     for _ in range(100):
-        process = context.Process(target=convert, kwargs={"jobs": 2})
+        process = context.Process(target=in_child)
         process.start()
         process.join(generator.uniform(0, took))
         alive = process.exitcode is None
