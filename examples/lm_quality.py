@@ -19,23 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from python_source import source_tokens, windows
 from quality_table import Row, write
 from safetensors.torch import load_file, save_file
 from small_gpt import Gpt
-from small_training import train
+from small_training import language_loss, train
 from torch import Tensor, nn
 
 import sqa_fx
 
 VARIANTS = {"sSQA": (0.5, 0.5), "SQA": (0.5, 0.25), "xSQA": (0.25, 0.25)}
 SCORES = ["weights", "taylor", "fisher", "activation", "wifv", "importance", "reconstruct"]
-
-
-def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [batch, length, vocabulary] against targets [batch, length]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def next_token_loss(logits: Tensor, batch: tuple[Tensor]) -> Tensor:

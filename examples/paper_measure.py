@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measured_rows import Row, failure
 from paper_model import VARIANTS, DenseModel, Sizes
+from small_training import language_loss
 from timed_ways import alone, attention_in_model, timed
 from torch import Tensor, nn
 
@@ -206,11 +206,6 @@ def inference_of(model: Any) -> Callable[[Tensor], Tensor]:
             return out
 
     return call
-
-
-def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [batch, length, vocabulary] against targets [batch, length]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def step_of(model: Any, module: nn.Module, loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], None]:

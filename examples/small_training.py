@@ -1,4 +1,4 @@
-"""A plain training loop for the small models of the examples: AdamW, linear warm-up, cosine, bf16 on a GPU."""
+"""A plain training loop for the small models of the examples: AdamW, linear warm-up, cosine, bf16 on a GPU; a loss."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 Batch = tuple[Tensor, Tensor]
+
+
+def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [batch, length, vocabulary] against targets [batch, length]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def train(

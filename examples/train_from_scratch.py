@@ -22,13 +22,12 @@ from typing import Any
 import paper_figures
 import torch
 from measured_rows import MeasuredRows, Row, arguments, report_facts
-from paper_measure import language_loss
 from paper_model import VARIANTS, DenseModel, Sizes
 from parallel_runs import in_processes
 from python_source import source_tokens, windows
 from quality_table import markdown, over_seeds
 from safetensors.torch import load_file, save_file
-from small_training import train
+from small_training import language_loss, train
 from torch import Tensor, nn
 
 import sqa_fx
