@@ -90,18 +90,16 @@ def _put(target: Tensor, a: Tensor, b: Tensor, factor: Tensor) -> None:
 def _gauge(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """G and its inverse: the maps back B_i G^-1 keep lengths on average (sum_i G^-T B_i^T B_i G^-1 is that of as many
     identities), and are turned such that their sum is closest to them."""
-    values, vectors = torch.linalg.eigh(torch.stack([m.T @ m for m in maps]).mean(0))
-    values = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
-    stretch, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    stretch, inverse = _root(torch.stack([m.T @ m for m in maps]).mean(0), ridge=1e-12)
     left, _, right = torch.linalg.svd(torch.stack([m @ inverse for m in maps]).sum(0))
     turn = left @ right
     return turn @ stretch, inverse @ turn.T
 
 
-def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """A with A^T A = metric (made definite), and its inverse."""
+def _root(metric: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The symmetric A with A^T A = metric (made definite), and its inverse."""
     metric = (metric + metric.T) / 2
-    ridge = RIDGE * metric.diagonal().mean().clamp(min=1e-300)
+    least = ridge * metric.diagonal().mean().clamp(min=1e-300)
     values, vectors = torch.linalg.eigh(metric)
-    values = (values.clamp(min=0) + ridge).sqrt()
+    values = (values.clamp(min=0) + least).sqrt()
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
