@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,8 @@ def convert_files(
         record, plan = begin(folder, files, request, make)
         cuts = cuts_by_key(plan, record.keys)
         if (folder / JOURNAL).exists() or not (folder / MANIFEST).exists():
-            with (finish or _unchanged)(plan) as finished:
+            finishing = contextlib.nullcontext(lambda folder: None) if finish is None else finish(plan)
+            with finishing as finished:
                 record, kept = write_shards(folder, files, record, cuts, jobs, verify, on_bytes)
                 write_index(folder, files, cuts)
                 copy_others(folder, files)
@@ -237,11 +238,6 @@ def convert_files(
             kept = len(files.shards)
         record = publish(folder, target, record, overwrite)
     return _report(target, files, record, plan, kept, start, finish)
-
-
-@contextlib.contextmanager
-def _unchanged(plan: Plan) -> Iterator[Callable[[Path], None]]:
-    yield lambda folder: None
 
 
 def _report(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,10 +222,9 @@ Judging = Callable[[Path, Plan], AbstractContextManager[Callable[[], Verdict]]]
 """Entered before shards are written; what it gives waits for what :func:`judge` says."""
 
 
-@contextmanager
-def judging_when_asked(checkpoint: Path, plan: Plan) -> Iterator[Callable[[], Verdict]]:
+def judging_when_asked(checkpoint: Path, plan: Plan) -> AbstractContextManager[Callable[[], Verdict]]:
     """Judges in this process, and only when asked: beside the shards, it would need its memory on top of theirs."""
-    yield lambda: judge(checkpoint, plan)
+    return nullcontext(lambda: judge(checkpoint, plan))
 
 
 def loading_finish(checkpoint: Path, judging: Judging = judging_when_asked) -> Finish:
