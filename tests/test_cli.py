@@ -14,29 +14,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from factory_module import BLOCK, factory_module
 
 import sqa_fx
 from sqa_fx.cli import build_parser, main
 from sqa_fx.cli_values import head_choice, head_count, request, tensor_sets
 from sqa_fx.errors import InputError, MissingError
 
-MODEL = '''
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    """Width 24, 4 query and KV heads of size 6."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.o(y.transpose(1, 2).flatten(2))
-
+MODEL = f"""{BLOCK}
 
 class Model(nn.Module):
     def __init__(self):
@@ -71,16 +56,13 @@ def untraceable():
             return super().forward(x) if x.sum().item() > 0 else x
 
     return Choose(), (torch.randn(2, 5, 24),)
-'''
+"""
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """The name of a factory in a fresh folder, which is the current one."""
-    module = f"small_{abs(hash(tmp_path))}"
-    (tmp_path / f"{module}.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    module = factory_module(MODEL, tmp_path, monkeypatch)
     return lambda factory: f"{module}:{factory}"
 
 

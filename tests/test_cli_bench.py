@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from factory_module import factory_module
 from torch import nn
 
 from sqa_fx import cli_compare
@@ -24,13 +25,8 @@ SHORT = ["--iterations", "2", "--warmup", "1", "--max-warmup", "1"]
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a factory in a fresh folder, which is the current one."""
-    module = f"bench_{abs(hash(tmp_path))}"
-    (tmp_path / f"{module}.py").write_text(
-        "import torch\ndef make():\n    return torch.nn.Linear(5, 7), (torch.randn(3, 5),)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    return f"{module}:make"
+    source = "import torch\ndef make():\n    return torch.nn.Linear(5, 7), (torch.randn(3, 5),)\n"
+    return f"{factory_module(source, tmp_path, monkeypatch)}:make"
 
 
 def test_files(model: str, capsys: Capture) -> None:

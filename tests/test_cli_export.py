@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factory_module import BLOCK, factory_module
 
 import sqa_fx.doctor
 from sqa_fx.cli import main
@@ -21,38 +22,19 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-SOURCE = '''
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    """Causal attention over ``[batch, seq, 24]`` with 4 heads of size 6."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(y.transpose(1, 2).flatten(2))
-
+SOURCE = f"""{BLOCK.replace("(q, k, v)", "(q, k, v, is_causal=True)")}
 
 def make():
     torch.manual_seed(3)
     return Block(), (torch.randn(2, 5, 24),)
-'''
+"""
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """The name of a factory in a fresh folder, which is the current one."""
-    module = f"small_{abs(hash(tmp_path))}"
-    (tmp_path / f"{module}.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    module = factory_module(SOURCE, tmp_path, monkeypatch)
     return lambda factory: f"{module}:{factory}"
 
 
