@@ -49,6 +49,11 @@ class Projection:
         """The node's value as a matrix y [n, out], n as in `rows_in`."""
         return value.permute(*self.rest, *self.outer).reshape(-1, self.index.size(0))
 
+    def value(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The node's value, laid out like ``like``, whose matrix (`rows_out`) is ``rows`` [n, out]."""
+        order = (*self.rest, *self.outer)
+        return rows.reshape(like.permute(order).shape).permute(*(order.index(d) for d in range(like.dim())))
+
     def matrix(self, parameter: Tensor) -> Tensor:
         """W [out, in] of the parameter's tensor."""
         return parameter.reshape(-1)[self.index.to(parameter.device)]
@@ -148,15 +153,19 @@ def moved_parameter(module: fx.GraphModule, node: fx.Node) -> tuple[str, Tensor]
     if not isinstance(held, Tensor) or not held.is_floating_point():
         return None
     numbers = torch.arange(held.numel()).reshape(held.shape)
-    value = constant_tensor(node, _Numbered(str(source.target), numbers))
+    value = constant_tensor(node, _Numbered(module, str(source.target), numbers))
     return None if value is None or tuple(value.shape) != shape_of(node) else (str(source.target), value)
 
 
 class _Numbered(torch.nn.Module):
-    """A module in which one name stands for the numbers of a parameter's elements."""
+    """A module in which one name stands for the numbers of a parameter's elements, beside the graph's own constants
+    (by which a rewritten graph may select them)."""
 
-    def __init__(self, name: str, numbers: Tensor) -> None:
+    def __init__(self, module: fx.GraphModule, name: str, numbers: Tensor) -> None:
         super().__init__()
+        for constant, held in module.named_buffers(recurse=False):
+            if constant != name:
+                self.register_buffer(constant, held)
         owner: torch.nn.Module = self
         *path, last = name.split(".")
         for part in path:

@@ -66,12 +66,16 @@ class Sums:
         """The mean over rows of |t - mean|^2."""
         return float(self.tt - self.t.square().sum() / max(self.count, 1.0)) / max(self.count, 1.0)
 
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """x^T x and t^T x about the means."""
+        return (
+            self.xx - torch.outer(self.x, self.x) / self.count,
+            self.tx - torch.outer(self.t, self.x) / self.count,
+        )
+
     def fit(self, old: Tensor, has_bias: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] with lambda ``ridge`` (relative to the mean diagonal)."""
-        xx, tx = self.xx, self.tx
-        if has_bias:
-            xx = xx - torch.outer(self.x, self.x) / self.count
-            tx = tx - torch.outer(self.t, self.x) / self.count
+        xx, tx = self.centred() if has_bias else (self.xx, self.tx)
         strength = ridge * xx.diagonal().mean().clamp(min=1e-30)
         eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
         weight = torch.linalg.solve(xx + strength * eye, (tx + strength * old).T).T

@@ -114,12 +114,13 @@ def refitted_tensor(plan: Plan, name: str) -> Tensor:
 
 
 def _in_original_places(masked: Tensor, new: Tensor, parameter: ParameterPlan) -> Tensor:
-    """``new`` (cut) spread over the entries of the original parameter that it stands for; the others stay zero."""
+    """``new`` (cut) spread over the entries of the original parameter that it stands for, those of all merged heads.
+    The others stay as they are (columns of an output projection that were dropped are zero)."""
     spread = masked.clone()
     for block in parameter.blocks:
         to = torch.tensor(from_ranges(block.to), device=new.device)
         own = new.index_select(parameter.axis, to).to(spread)
-        for ranges in block.sources:
+        for ranges in block.sources if block.role == "o" else block.replaces:
             spread.index_copy_(parameter.axis, torch.tensor(from_ranges(ranges), device=spread.device), own)
     return spread
 

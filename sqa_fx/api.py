@@ -39,7 +39,7 @@ from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.region_drawing import check_target, draw_regions
 from sqa_fx.region_graph import RegionGraph, region_graphs
 from sqa_fx.report import Report
-from sqa_fx.request import MERGED_BY_DATA, WITHOUT_DATA, HeadChoice, HeadScore, KvMerge, Request
+from sqa_fx.request import MERGED_BY_DATA, WITHOUT_DATA, HeadChoice, HeadScore, KvMerge, Repairs, Request
 from sqa_fx.site_limit import VARIABLE, limited
 from sqa_fx.submodules import Part, Parts, depends_on_data, find_parts, plan_parts
 
@@ -58,7 +58,7 @@ def convert(
     kv_merge: KvMerge | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    repair: bool | None = None,
+    repair: Repairs | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     verify: bool | Precision = True,
     allow_inexact: bool = False,
@@ -81,7 +81,8 @@ def convert(
     share a group become one: "mean" (the default without data), "select" (the best one stays) or, with data, "joint"
     (the default: the heads that are most alike are paired, and mapped to the one that tells most about both; what
     reads them maps back) or "aligned" (paired, turned onto each other, and averaged). ``repair`` (on with data) fits
-    every output projection again in closed form, as far as that helps on held-out samples.
+    every output projection again in closed form, and the values with it, as far as that helps on held-out samples;
+    ``repair="outputs"`` leaves the values alone.
 
     ``verify`` is True (proof in float64), "native" (in the model's own dtype) or False. ``allow_inexact`` also converts
     sites whose result cannot be exact, because a norm or a mean runs over the outputs or the weights of all heads: it
@@ -121,7 +122,7 @@ def convert(
         "kv_merge": kv_merge,
         "calibration": calibration,
         "loss": loss,
-        "repair": repair is not False,
+        "repair": True if repair is None else repair,
         "dynamic_shapes": dynamic_shapes,
         "verify": verify,
         "allow_inexact": allow_inexact,
@@ -144,7 +145,7 @@ def _convert(
     kv_merge: str,
     calibration: Iterable[Any] | None,
     loss: Loss | None,
-    repair: bool,
+    repair: Repairs,
     dynamic_shapes: DynamicShapes,
     verify: bool | Precision,
     allow_inexact: bool,
@@ -180,7 +181,9 @@ def _convert(
         plans = timings.timed("plan", lambda: make_plan(analysis, hq, hkv, heads, kv_merge, evidence=evidence))
         plans = _named(plans, analysis)
         rotations, matrices = evidence.all_rotations(analysis.sites, plans)
-        from_data = FromData(rotations, matrices, spool if repair else None)
+        from_data = FromData(
+            rotations, matrices, spool if repair else None, evidence.statistics if repair is True else {}
+        )
         return _convert_captured(captured, analysis, plans, None, verify, timings, from_data=from_data)
 
 
@@ -357,17 +360,19 @@ def _inspect_parts(found: Parts, hq: Request, hkv: Request, timings: Timings) ->
 
 
 def _check_choices(
-    heads: HeadChoice, kv_merge: str, calibration: Iterable[Any] | None, plan: Plan | None, repair: bool | None
+    heads: HeadChoice, kv_merge: str, calibration: Iterable[Any] | None, plan: Plan | None, repair: Repairs | None
 ) -> None:
     if isinstance(heads, str) and heads not in get_args(HeadScore):
         known = ", ".join(repr(name) for name in get_args(HeadScore))
         raise InputError(f"heads={heads!r}: known are {known}, or a mapping from site patterns to lists of heads")
     if kv_merge not in get_args(KvMerge):
         raise InputError(f"kv_merge={kv_merge!r}: known are {', '.join(repr(name) for name in get_args(KvMerge))}")
+    if repair not in (None, True, False, "outputs"):
+        raise InputError(f"repair={repair!r}: known are True, False and 'outputs'")
     if calibration is None:
         if (isinstance(heads, str) and heads not in WITHOUT_DATA) or kv_merge in MERGED_BY_DATA or repair:
             what = (
-                "repair=True"
+                f"repair={repair!r}"
                 if repair
                 else f"kv_merge={kv_merge!r}"
                 if kv_merge in MERGED_BY_DATA

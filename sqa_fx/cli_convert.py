@@ -79,9 +79,9 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-batches", type=int, default=32, metavar="N", help="read no more batches than these (default: 32)"
     )
-    parser.add_argument(
-        "--no-repair", action="store_true", help="do not fit output projections again after --calibration"
-    )
+    repairs = parser.add_mutually_exclusive_group()
+    repairs.add_argument("--no-repair", action="store_true", help="do not fit projections again after --calibration")
+    repairs.add_argument("--keep-values", action="store_true", help="fit output projections only, not values with them")
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -296,7 +296,7 @@ def _convert(loaded: LoadedModel, args: Any, kwargs: Any, options: argparse.Name
         chosen["kv_merge"] = options.kv_merge
     if options.calibration is not None:
         chosen["calibration"] = _rows(loaded, kwargs, options)
-        chosen["repair"] = not options.no_repair
+        chosen["repair"] = "outputs" if options.keep_values else not options.no_repair
     else:
         _check_without_data(options)
     if options.static:
@@ -340,6 +340,7 @@ def _check_without_data(options: argparse.Namespace) -> None:
         *([f"--kv-merge {options.kv_merge}"] if options.kv_merge in MERGED_BY_DATA else []),
         *([f"--hq {text}" for text in options.hq or () if text.startswith(PREFIX)]),
         *(["--no-repair"] if options.no_repair else []),
+        *(["--keep-values"] if options.keep_values else []),
     ]
     if needs:
         raise InputError(f"{needs[0]} needs data to tell: give --calibration PATH")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -26,6 +26,7 @@ from sqa_fx.passes.refit import Refit
 from sqa_fx.passes.rewritten import Rewritten
 from sqa_fx.passes.rotation import turned_weights
 from sqa_fx.passes.site import Refusal, Site
+from sqa_fx.passes.statistics import SiteStatistics
 from sqa_fx.passes.verify import Comparison, Inexact, Precision, Proof, refitted_tensor, worst
 from sqa_fx.passes.verify import verify as prove
 from sqa_fx.plan import Plan, Rotation, SitePlan
@@ -48,11 +49,13 @@ class NothingRewritten(PlanError):
 
 @dataclass(frozen=True)
 class FromData:
-    """What calibration data adds to a conversion: rotations before the cut, and a repair after it."""
+    """What calibration data adds to a conversion: rotations before the cut, and a repair after it (of the sites in
+    ``statistics`` with their values)."""
 
     rotations: tuple[Rotation, ...]
     matrices: Mapping[str, Tensor]
     spool: Spool | None = None
+    statistics: Mapping[str, SiteStatistics] = field(default_factory=dict)
 
 
 def convert_graph(
@@ -97,8 +100,9 @@ def convert_graph(
         _refit(captured.graph_module, given)
         made = replace(made, refitted=given.refitted)
     elif from_data is not None and from_data.spool is not None:
-        spool = from_data.spool
-        found = timings.timed("repair", lambda: repair(original, captured.graph_module, made, done.outputs, spool))
+        spool, statistics = from_data.spool, from_data.statistics
+        of = {s.name: (s, statistics[s.name]) for s in analysis.sites if s.name in statistics}
+        found = timings.timed("repair", lambda: repair(original, captured.graph_module, made, done.outputs, spool, of))
         fits = found.sites
         done.notes.extend(found.notes)
         refitted = tuple(name.removeprefix("refitted/") for name in found.tensors)

@@ -1,14 +1,16 @@
-"""Closed-form repair: after heads were dropped, every output projection is fitted again to what the original computed.
+"""Closed-form repair: after heads were dropped, values and output projections are fitted to what all heads computed.
 
 Sites are repaired in order, each on what the already repaired ones before it give. The target of a site is the
 original's output, plus what the residual stream has lost so far: original residual minus converted residual, where the
-output is added to one. Nothing is trained, and no gradients are taken.
+output is added to one. The output projection alone is fitted first, and then the values with it (see
+passes/refit_values), where these are a projection of the site's own; on held-out data the best of these and of the
+old weights wins. Nothing is trained, and no gradients are taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +21,11 @@ from sqa_fx.passes.cut_nodes import Holders
 from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.projection import Projection, bias_of, projection, readers
 from sqa_fx.passes.refit import Refit, Sums, refit
+from sqa_fx.passes.refit_values import refit_values
 from sqa_fx.passes.residual import Junction, junction
-from sqa_fx.passes.statistics import Watch, by_sample, tokens_first, valid_rows
+from sqa_fx.passes.site import Site
+from sqa_fx.passes.statistics import SiteStatistics, Watch, by_sample, tokens_first, valid_rows
+from sqa_fx.passes.value_path import ValuePath, value_path
 from sqa_fx.plan import Plan
 from sqa_fx.progress import hidden
 
@@ -30,10 +35,14 @@ HELD_OUT = 4
 
 @dataclass
 class Repair:
-    """What was fitted again: new tensors by parameter, the errors by site, and why sites were left as they are."""
+    """What was fitted again: new tensors by parameter, the errors by site, and why sites were left as they are.
+
+    ``values`` are the sites whose values were fitted too.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Refit] = field(default_factory=dict)
+    values: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -43,10 +52,12 @@ def repair(
     plan: Plan,
     outputs: Mapping[str, tuple[str, str]],
     spool: Spool,
+    before: Mapping[str, tuple[Site, SiteStatistics]],
 ) -> Repair:
-    """Fit the output projections of ``converted`` again, in place.
+    """Fit the projections of ``converted`` again, in place.
 
-    ``outputs`` names, for each site, the node that makes its output in the two graphs.
+    ``outputs`` names, for each site, the node that makes its output in the two graphs. ``before`` holds what the sites
+    of the original looked like; the values of those that are not in it stay as they are.
     """
     result = Repair()
     left = {n.name: n for n in original.graph.nodes}
@@ -55,34 +66,45 @@ def repair(
     names = sorted(outputs, key=lambda s: order[outputs[s][0]])
     turned = _tokens_first(original, [left[outputs[s][0]] for s in names], spool)
     for site in tqdm(names, desc="repair", unit="site", disable=hidden(), leave=False):
-        before, after = left[outputs[site][0]], right[outputs[site][1]]
-        made, was = projection(converted, after), projection(original, before)
+        first, after = left[outputs[site][0]], right[outputs[site][1]]
+        made, was = projection(converted, after), projection(original, first)
         if made is None or was is None:
             result.notes.append(f"site {site!r} is not repaired: its output projection is not one matrix")
             continue
-        why = _shared(converted, made, plan)
+        why = _read_elsewhere(converted, made) or _not_alone(made, plan)
         if why:
             result.notes.append(f"site {site!r} is not repaired: {why}")
             continue
-        found = _fit(original, converted, was, made, _residuals(before, right), spool, was.activation in turned)
-        if found is None:
+        path: ValuePath | str | None = None
+        if site in before:
+            path = value_path(original, converted, plan, *before[site], made)
+            path = path if isinstance(path, str) else _read_elsewhere(converted, path.made) or path
+        fit = _Fit(converted, made, path if isinstance(path, ValuePath) else None)
+        fit.read(original, was, _residuals(first, right), spool, was.activation in turned)
+        why = path if isinstance(path, str) else fit.not_linear
+        if why:
+            result.notes.append(f"the values of site {site!r} are not repaired: {why}")
+        if not fit.sums[1].count:
             result.notes.append(f"site {site!r} is not repaired: no sample is left to hold out (one in {HELD_OUT} is)")
             continue
-        result.sites[site] = found
-        if found.weight is not None:
-            _put(converted, made, found, result)
+        result.sites[site] = fit.put(result)
+        if fit.fitted_values:
+            result.values.append(site)
     return result
 
 
-def _shared(module: fx.GraphModule, made: Projection, plan: Plan) -> str:
+def _read_elsewhere(module: fx.GraphModule, made: Projection) -> str:
     """Why the parameters of a projection cannot be changed: something else reads them; '' when nothing does."""
     for name in (made.weight, made.bias):
         nodes = [n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == name]
         if any(len(n.users) != 1 for n in nodes) or len(nodes) > 1:
             return f"parameter {name} is read in several places"
     node = next(n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == made.weight)
-    if len(readers(module, node)) != 1:
-        return f"parameter {made.weight} is read in several places"
+    return "" if len(readers(module, node)) == 1 else f"parameter {made.weight} is read in several places"
+
+
+def _not_alone(made: Projection, plan: Plan) -> str:
+    """Why an output projection cannot be changed as a whole; '' when it can."""
     cut = next((p for p in plan.parameters if p.name == made.weight), None)
     if cut is not None and any(b.role not in ("o", "rest") or len(b.sources) > 1 for b in cut.blocks):
         return f"parameter {made.weight} holds other projections too"
@@ -100,41 +122,91 @@ def _residuals(before: fx.Node, right: Mapping[str, fx.Node]) -> tuple[fx.Node, 
     return (found.other, other) if isinstance(other, fx.Node) else None
 
 
-def _fit(
-    original: fx.GraphModule,
-    converted: fx.GraphModule,
-    was: Projection,
-    made: Projection,
-    residuals: tuple[fx.Node, fx.Node] | None,
-    spool: Spool,
-    turned: bool,
-) -> Refit | None:
-    """The fit of one site; None without any data to hold out. ``turned``: its rows run over tokens first."""
-    weight = made.matrix(torch.as_tensor(attribute(converted, made.weight)).detach()).double()
-    bias = bias_of(converted, made)
-    sums = [Sums.zeros(weight.size(1), weight.size(0), weight.device) for _ in range(2)]
-    sample = 0
-    for batch in spool:
-        wanted = [was.node, *([residuals[0]] if residuals else [])]
-        given = [made.activation, *([residuals[1]] if residuals else [])]
-        targets, inputs = _values(original, wanted, batch), _values(converted, given, batch)
-        t = was.rows_out(targets[was.node]).double()
-        if residuals is not None:
-            lost = targets[residuals[0]].double() - inputs[residuals[1]].double()
-            t = t + was.rows_out(lost.reshape(targets[was.node].shape))
-        x = by_sample(made.rows_in(inputs[made.activation]), batch.samples, turned)
-        t = by_sample(t, batch.samples, turned)
-        groups = (torch.arange(x.shape[0]) * _parts(x, batch)) // x.shape[0] + sample
-        sample += _parts(x, batch)
-        keep = valid_rows(x, batch.mask)
-        held = ((groups % HELD_OUT) == HELD_OUT - 1).to(x.device)
-        for own, rows in zip(sums, (~held, held), strict=True):
-            rows = rows if keep is None else rows & keep
-            if bool(rows.any()):
-                own.add(x[rows], t[rows])
-    if not sums[1].count:
-        return None
-    return refit(sums[0], sums[1], weight, None if bias is None else bias.double())
+class _Fit:
+    """The fit of one site of ``module`` whose output projection is ``made``; of its values too where there is a
+    ``path`` from them, and what lies on it is linear in them."""
+
+    def __init__(self, module: fx.GraphModule, made: Projection, path: ValuePath | None) -> None:
+        self.module, self.made, self.path = module, made, path
+        self.weight = made.matrix(torch.as_tensor(attribute(module, made.weight)).detach()).double()
+        bias = bias_of(module, made)
+        self.bias = None if bias is None else bias.double()
+        out, width = self.weight.shape
+        device = self.weight.device
+        self.sums = (Sums.zeros(width, out, device), Sums.zeros(width, out, device))
+        self.maps = None if path is None else path.maps(self.weight)
+        self.features: tuple[Sums, Sums] | None = None
+        self.not_linear = ""
+        self.fitted_values = False
+
+    def read(
+        self,
+        original: fx.GraphModule,
+        was: Projection,
+        residuals: tuple[fx.Node, fx.Node] | None,
+        spool: Spool,
+        turned: bool,
+    ) -> None:
+        """Sum up all batches. ``turned``: the site's rows run over tokens first."""
+        sample = 0
+        for batch in spool:
+            wanted = [was.node, *([residuals[0]] if residuals else [])]
+            given = [self.made.activation, *([residuals[1]] if residuals else [])]
+            given += self.path.wanted if self.path is not None else ()
+            targets, inputs = _values(original, wanted, batch), _values(self.module, given, batch)
+            t = was.rows_out(targets[was.node]).double()
+            if residuals is not None:
+                lost = targets[residuals[0]].double() - inputs[residuals[1]].double()
+                t = t + was.rows_out(lost.reshape(targets[was.node].shape))
+
+            def rows_of(value: Tensor, batch: Batch = batch) -> Tensor:
+                return by_sample(self.made.rows_in(value), batch.samples, turned)
+
+            x, t = rows_of(inputs[self.made.activation]), by_sample(t, batch.samples, turned)
+            groups = (torch.arange(x.shape[0]) * _parts(x, batch)) // x.shape[0] + sample
+            sample += _parts(x, batch)
+            held = ((groups % HELD_OUT) == HELD_OUT - 1).to(x.device)
+            keep = valid_rows(x, batch.mask)
+            keep = torch.ones_like(held) if keep is None else keep
+            z = self._features(x, inputs, rows_of)
+            for number, rows in enumerate((~held & keep, held & keep)):
+                if bool(rows.any()):
+                    self.sums[number].add(x[rows], t[rows])
+                    if z is not None and self.features is not None:
+                        self.features[number].add(z[rows].flatten(1), t[rows])
+
+    def _features(
+        self, x: Tensor, inputs: Mapping[fx.Node, Tensor], rows_of: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        if self.path is None or self.maps is None:
+            return None
+        z = self.path.features(inputs, rows_of)
+        if self.features is None:
+            if not self.path.holds(z, inputs, rows_of, self.maps, x):
+                why = "what lies between them and the output projection is not linear in them"
+                self.path, self.not_linear = None, why
+                return None
+            width, out = z[0].numel(), len(self.weight)
+            self.features = (Sums.zeros(width, out, z.device), Sums.zeros(width, out, z.device))
+        return z
+
+    def put(self, result: Repair) -> Refit:
+        """Give the projections the weights that win on the held-out rows."""
+        found = refit(*self.sums, self.weight, self.bias)
+        both = None
+        if self.path is not None and self.maps is not None and self.features is not None:
+            both = refit_values(*self.features, self.maps, self.bias, self.path.reads, found)
+        if both is not None and self.path is not None:
+            maps, found = both
+            _put(self.module, self.path.made, *self.path.fitted(maps), result)
+            self.fitted_values = True
+            assert found.weight is not None
+            weight = self.weight.clone()
+            weight[:, self.path.columns.flatten().to(weight.device)] = found.weight
+            found = replace(found, weight=weight)
+        if found.weight is not None:
+            _put(self.module, self.made, found.weight, found.bias, result)
+        return found
 
 
 def _tokens_first(module: fx.GraphModule, outputs: list[fx.Node], spool: Spool) -> set[fx.Node]:
@@ -159,15 +231,13 @@ def _values(module: fx.GraphModule, nodes: list[fx.Node], batch: Batch) -> dict[
     return found
 
 
-def _put(module: fx.GraphModule, made: Projection, found: Refit, result: Repair) -> None:
-    """Give the projection its new weight and bias; the tensors that were there stay as they are for others."""
-    assert found.weight is not None
-    held = attribute(module, made.weight)
-    new = {made.weight: made.parameter(held, found.weight)}
-    if made.bias is not None and made.bias_index is not None and found.bias is not None:
+def _put(module: fx.GraphModule, made: Projection, weight: Tensor, bias: Tensor | None, result: Repair) -> None:
+    """Give a projection its new weight and bias; the tensors that were there stay as they are for others."""
+    new = {made.weight: made.parameter(attribute(module, made.weight), weight)}
+    if made.bias is not None and made.bias_index is not None and bias is not None:
         old = attribute(module, made.bias)
         flat = old.detach().clone().reshape(-1)
-        flat[made.bias_index.to(flat.device)] = found.bias.to(flat)
+        flat[made.bias_index.to(flat.device)] = bias.to(flat)
         new[made.bias] = flat.reshape(old.shape)
     holders = Holders(module)
     for name, tensor in new.items():

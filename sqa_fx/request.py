@@ -15,6 +15,8 @@ Request = HeadCount | Mapping[str, HeadCount] | None
 HeadScore = Literal["first", "weights", "reconstruct", "importance", "activation", "wifv", "taylor", "fisher"]
 HeadChoice = HeadScore | Mapping[str, Sequence[int]]
 KvMerge = Literal["mean", "select", "aligned", "joint"]
+Repairs = bool | Literal["outputs"]
+"""Whether projections are fitted again; "outputs": output projections only, values stay."""
 MERGED_BY_DATA = ("aligned", "joint")
 """Ways of merging KV heads that need calibration data."""
 WITHOUT_DATA = ("first", "weights")

@@ -19,7 +19,7 @@ from sqa_fx.passes.capture_ways import DynamicShapes, reason
 from sqa_fx.passes.verify import Precision, masked_weights
 from sqa_fx.plan import Plan
 from sqa_fx.report import Report
-from sqa_fx.request import HeadChoice, KvMerge, Request
+from sqa_fx.request import HeadChoice, KvMerge, Repairs, Request
 from sqa_fx.surgery_calls import Function, further_calls
 from sqa_fx.surgery_candidates import Owners, Variable, owner_groups, variables
 from sqa_fx.surgery_classes import narrow_classes, reclassed
@@ -86,7 +86,7 @@ def convert_(
     kv_merge: KvMerge | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    repair: bool | None = None,
+    repair: Repairs | None = None,
     dynamic_shapes: DynamicShapes = "auto",
     verify: Precision | bool = True,
     allow_inexact: bool = False,

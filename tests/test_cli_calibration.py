@@ -70,7 +70,7 @@ def test_convert_by_data(case: Callable[..., list[str]], capsys: pytest.CaptureF
     [site] = converted.plan.sites
     assert (site.hq, site.hkv, site.heads_by, site.kv_merge) == (4, 2, "reconstruct", "aligned")
     assert converted.plan.rotations
-    assert converted.plan.refitted == ("o.weight", "o.bias")
+    assert {"o.weight", "o.bias", "v.weight"} <= set(converted.plan.refitted)
     assert Path("plan.safetensors").is_file()
     # The saved plan needs no data, and gives the same weights.
     assert main([*case("convert", "--plan", "plan.json", "-o", "again", data=None)]) == 0
@@ -90,6 +90,12 @@ def test_choices_and_fewer_batches(case: Callable[..., list[str]], capsys: pytes
     assert report["sites"][0]["error_after_repair"] is None
     [site] = sqa_fx.load("out").plan.sites
     assert (site.hq, site.heads_by) == (3, "fisher")
+
+
+def test_values_stay(case: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(case("convert", "--hq", "4", "--hkv", "2", "--keep-values", "-o", "out")) == 0
+    assert "held-out error" in capsys.readouterr().out
+    assert sqa_fx.load("out").plan.refitted == ("o.weight", "o.bias")
 
 
 def test_padded_rows_bring_their_mask(case: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +128,7 @@ def test_export(case: Callable[..., list[str]], capsys: pytest.CaptureFixture[st
         (["--hq", "3", "--kv-merge", "aligned"], None, "--kv-merge aligned needs data to tell"),
         (["--hq", "auto:0.5"], None, "--hq auto:0.5 needs data to tell"),
         (["--hq", "3", "--no-repair"], None, "--no-repair needs data to tell"),
+        (["--hq", "3", "--keep-values"], None, "--keep-values needs data to tell"),
         (["--hq", "3", "--heads", "best"], None, "it is neither one of first, weights, reconstruct"),
         (["--plan", "plan.json"], "text.txt", "leave out --hq, --hkv, --heads, --kv-merge and --calibration"),
         (["--hq", "3", "--calibration-batches", "0"], "text.txt", "give at least 1"),
