@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import sqa_fx
 
 VARIANTS = {"sSQA": (0.5, 0.5), "SQA": (0.5, 0.25), "xSQA": (0.25, 0.25)}
+REPAIRS: dict[Any, str] = {False: "", "outputs": ", outputs repaired", True: ", repaired"}
 SCORES = ["weights", "taylor", "fisher", "activation", "wifv", "importance", "reconstruct"]
 
 
@@ -132,7 +133,7 @@ def heal_part(quality: Quality) -> None:
     """Convert and heal, from the closed-form start and from the naive one."""
     base = quality.base()
     quality.add("MHA", "original", quality.loss(base))
-    for variant in VARIANTS:
+    for variant in quality.options.variants:
         naive = quality.converted(base, variant, heads="weights", kv_merge="mean")
         quality.add(variant, "weights, mean", quality.loss(naive))
         best = quality.converted(base, variant, verify=True)
@@ -153,14 +154,14 @@ def convert_part(quality: Quality) -> None:
     quality.add("MHA", "original", quality.loss(base))
     for variant in ("sSQA", "SQA"):
         for score in SCORES:
-            for repair in (False, True):
+            for repair, repaired in REPAIRS.items():
                 how: dict[str, Any] = {"heads": score, "kv_merge": "mean" if variant == "SQA" else None}
                 done = quality.converted(base, variant, **how, repair=repair)
-                quality.add(variant, f"{score}, mean" + (", repaired" if repair else ""), quality.loss(done))
+                quality.add(variant, f"{score}, mean{repaired}", quality.loss(done))
     for merge in ("select", "mean", "aligned", "joint"):
-        for repair in (False, True):
+        for repair, repaired in REPAIRS.items():
             done = quality.converted(base, "SQA", heads="reconstruct", kv_merge=merge, repair=repair)
-            quality.add("SQA", f"reconstruct, {merge}" + (", repaired" if repair else ""), quality.loss(done))
+            quality.add("SQA", f"reconstruct, {merge}{repaired}", quality.loss(done))
 
 
 def scratch_part(quality: Quality) -> None:
@@ -177,6 +178,7 @@ def main() -> None:
     parts: dict[str, Callable[[Quality], None]] = {"heal": heal_part, "convert": convert_part, "scratch": scratch_part}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*parts], default="heal")
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS], help="to heal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=8 if cuda else 2)
     parser.add_argument("--width", type=int, default=384 if cuda else 64)

@@ -107,9 +107,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192 if cuda else 96)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--images", type=int, default=100_000 if cuda else 400)
+    parser.add_argument("--images", type=int, default=200_000 if cuda else 400)
     parser.add_argument("--batch", type=int, default=256 if cuda else 32)
-    parser.add_argument("--steps", type=int, default=10_000 if cuda else 20)
+    parser.add_argument("--steps", type=int, default=15_000 if cuda else 20)
     parser.add_argument("--heal-steps", type=int, default=500 if cuda else 4)
     parser.add_argument("--out", type=Path, default=Path("demo-out/vit_quality"))
     options = parser.parse_args()
@@ -145,6 +145,8 @@ def main() -> None:
         add(variant, "weights, mean", sqa_fx.convert(model, **request))
         data: dict[str, Any] = {"calibration": calibration}
         add(variant, "reconstruct, joint", sqa_fx.convert(model, **request, **data, repair=False, verify=False))
+        outputs = sqa_fx.convert(model, **request, **data, repair="outputs", verify=False)
+        add(variant, "reconstruct, joint, outputs repaired", outputs)
         best = sqa_fx.convert(model, **request, **data)
         add(variant, "reconstruct, joint, repaired", best)
         steps = options.heal_steps
