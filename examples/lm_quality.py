@@ -155,8 +155,7 @@ def convert_part(quality: Quality) -> None:
     for variant in ("sSQA", "SQA"):
         for score in SCORES:
             for repair, repaired in REPAIRS.items():
-                how: dict[str, Any] = {"heads": score, "kv_merge": "mean" if variant == "SQA" else None}
-                done = quality.converted(base, variant, **how, repair=repair)
+                done = quality.converted(base, variant, heads=score, kv_merge="mean", repair=repair)
                 quality.add(variant, f"{score}, mean{repaired}", quality.loss(done))
     for merge in ("select", "mean", "aligned", "joint"):
         for repair, repaired in REPAIRS.items():

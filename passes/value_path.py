@@ -24,6 +24,8 @@ from sqa_fx.plan import Plan, from_ranges
 
 WIDEST = 8192
 """Query heads times the original's value channels: the width of the features, whose second moments are summed."""
+MOST_ON_CPU = 2e10
+"""Outputs times the square of that width, where the fit would run on a CPU: about half a minute for a site."""
 _ERROR = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
@@ -150,6 +152,8 @@ def value_path(
     width = sizes.hq * sum(len(h) for h in values.heads)
     if width > WIDEST:
         return f"{sizes.hq} query heads with the original's value channels are {width} features (at most {WIDEST})"
+    if output.index.size(0) * width**2 > MOST_ON_CPU and attribute(converted, output.weight).device.type == "cpu":
+        return f"{width} features take too long on a CPU; with model and data on a GPU they are fitted"
     leaves = [n for n in converted.graph.find_nodes(op="get_attr") if str(n.target) == values.made.weight]
     made = [p for leaf in leaves for p in readers(converted, leaf)]
     if len(made) != 1 or len(leaves[0].users) != 1:

@@ -165,6 +165,12 @@ def test_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "are 72 features (at most 71)" in note
 
 
+def test_too_much_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(value_path, "MOST_ON_CPU", WIDTH * 72**2 - 1)
+    [note] = notes(convert(made()))
+    assert "72 features take too long on a CPU" in note
+
+
 def test_unknown_kind_of_repair() -> None:
     with pytest.raises(InputError, match="repair='values': known are True, False and 'outputs'"):
         convert(made(), repair="values")
