@@ -8,7 +8,7 @@ becomes casts, mutations become ``copy_`` at the end, and what ran without gradi
 from __future__ import annotations
 
 import functools
-import itertools
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,15 +25,18 @@ from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import CheckpointPolicy
 
+from sqa_fx.dynamo_steps import GraphRunner
+from sqa_fx.dynamo_trace import Writes, only_reads, record
 from sqa_fx.errors import CaptureError, first_line
+
+log = logging.getLogger(__name__)
 
 _TABLE = re.compile(r"\._(?:modules|parameters|buffers)\[")
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\[(?:'([^']*)'|(\d+))\]")
 _ROOT = re.compile(r"^[A-Z]+\['([^']*)'\]|^[A-Za-z_]\w*")
-_checkpoints = itertools.count()
 _WHOLE = frozenset(
     """linear matmul einsum scaled_dot_product_attention softmax log_softmax layer_norm rms_norm group_norm batch_norm
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""".split()
@@ -80,7 +83,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
     held = _held_tensors(module)
     mode = _fake_mode(fakes)
     fakes += [mode.from_tensor(t, static_shapes=True) for t in held.values()]
-    runner = _Runner(module, list(held), gradients)
+    runner = GraphRunner(module, list(held), gradients)
     composites = {op: _special_op_to_preserve_cia for name in _called(module) for op in _composites(name)}
     mutated: dict[int, str] = {}
     try:
@@ -91,7 +94,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
             fx_traceback.preserve_node_meta(),
             enable_python_dispatcher(),
         ):
-            traced = _traced_as_it_is(runner, fakes, mode)
+            traced = _traced_as_it_is(runner, fakes, mode, composites)
             if traced is None:
                 made, signature = aot_export_module(runner, fakes, trace_joint=False, decompositions={})
                 assert isinstance(made, fx.GraphModule)
@@ -104,25 +107,32 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], gradients: bool) -> Dyn
     return _assemble(module, traced, names, placeholders, [*inputs, *held.values()], list(held), mutated)
 
 
-def _traced_as_it_is(runner: nn.Module, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule | None:
+def _traced_as_it_is(
+    runner: GraphRunner, fakes: Sequence[Any], mode: FakeTensorMode, whole: Collection[torch._ops.OpOverload]
+) -> fx.GraphModule | None:
     """The ATen graph, or None where it must be made functional: it writes to tensors, or holds operators that may.
 
     AOTAutograd runs the graph twice to make it functional, which for most graphs is there to find that they are.
     """
     own = [mode.from_tensor(f) if isinstance(f, FakeTensor) and f.fake_mode is not mode else f for f in fakes]
     with torch.no_grad():
+        try:
+            graph = record(lambda recorder: runner.run(own, recorder), own, mode, whole)
+            return _LazyGraphModule(nn.Module(), graph)
+        except Writes:
+            return None
+        except Exception as error:
+            # The recorder is there for speed: errors are make_fx's to raise.
+            log.debug("traced by make_fx: %s", first_line(error))
         traced: fx.GraphModule = make_fx(runner, tracing_mode="real")(*own)
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
     return traced if all(_only_reads(n.target) for n in calls) else None
 
 
 def _only_reads(target: Any) -> bool:
-    """Whether an operator says that it leaves its arguments as they are. Normalisations with running statistics write
-    to these without saying so."""
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") in ("_operator", "math", "torch.fx.experimental.sym_node", "torch")
-    schema = target._schema
-    return not schema.is_mutable and not any(a.name.startswith("running_") for a in schema.arguments)
+    return only_reads(target)
 
 
 def _called(module: fx.GraphModule) -> set[str]:
@@ -191,66 +201,6 @@ def _attribute(owner: Any, path: Any) -> Any:
     return owner
 
 
-class _Runner(nn.Module):
-    """Runs dynamo's graph with its tensors as arguments, and detaches what it computes with gradients off."""
-
-    def __init__(self, module: fx.GraphModule, held: list[str], gradients: bool) -> None:
-        super().__init__()
-        # Not as a submodule: its parameters are arguments here.
-        self.__dict__["_of"] = module
-        self._held, self._gradients = held, gradients
-
-    def forward(self, *args: Any) -> Any:
-        count = len(args) - len(self._held)
-        held = dict(zip(self._held, args[count:], strict=True))
-        return _Steps(self.__dict__["_of"], held, self._gradients).run(*args[:count])
-
-
-class _Steps(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, held: dict[str, Tensor], gradients: bool) -> None:
-        super().__init__(module)
-        self.held, self.gradients = held, gradients
-        self.enabled = True
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.held[str(target)] if str(target) in self.held else super().get_attr(target, args, kwargs)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch._C._set_grad_enabled:
-            self.enabled = bool(args[0])
-            return None
-        if getattr(target, "__name__", "") == "tag_activation_checkpoint":
-            result = self._inline(_tagged(args[0]), args[1:])
-        elif getattr(target, "__name__", "") == "invoke_subgraph":
-            result = self._inline(args[0], args[2:])
-        else:
-            result = super().call_function(target, args, kwargs)
-        return result if self.enabled or not self.gradients else _detached(result)
-
-    def _inline(self, body: fx.GraphModule, args: Sequence[Any]) -> Any:
-        steps = _Steps(body, {}, self.gradients)
-        steps.enabled = self.enabled
-        return steps.run(*args)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_method(target, args, kwargs)
-        return result if self.enabled or not self.gradients else _detached(result)
-
-
-def _tagged(body: fx.GraphModule) -> fx.GraphModule:
-    """The body of an activation checkpoint, its nodes marked for the partitioner of AOTAutograd."""
-    number = next(_checkpoints)
-    for node in body.graph.nodes:
-        node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.PREFER_RECOMPUTE, number
-    return body
-
-
-def _detached(result: Any) -> Any:
-    if isinstance(result, Tensor):
-        return result.detach() if result.is_floating_point() or result.is_complex() else result
-    return type(result)(map(_detached, result)) if type(result) in (tuple, list) else result
-
-
 def _assemble(
     original: fx.GraphModule,
     traced: fx.GraphModule,
@@ -301,7 +251,8 @@ def _assemble(
         stack = node.meta.get("nn_module_stack")
         if stack:
             node.meta["nn_module_stack"] = {k: (source_path(str(v[0]), roots), v[1]) for k, v in stack.items()}
-    module = fx.GraphModule(root, graph)
+    # The passes read graphs and run them node by node: Python code would be made of each for nothing.
+    module = _LazyGraphModule(root, graph)
     module.meta = dict(original.meta)
     return DynamoGraph(module, arguments, found, original, fakes, roots)
 
