@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"hq": 4, "hkv": 2, "inner": "aot_eager", "on_refused"
 def model() -> nn.Module:
     """The same model in every process."""
     torch.manual_seed(3)
-    return Stack([FusedAttention(48, 8), FusedAttention(48, 8)], 48)
+    return Stack([FusedAttention(48, 8)], 48)
 
 
 @functools.cache

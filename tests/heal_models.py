@@ -68,19 +68,20 @@ HELD_OUT = [batch(100), batch(101, 5)]
 
 
 def main(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Heal as each of ``runs`` says and write weights and report; one of several processes, or one that is killed.
+    """Heal ``student`` in the folder as each of ``runs`` says and write weights and report; one of several processes,
+    or one that is killed.
 
     ``take_away`` names a checkpoint that is deleted before.
     """
     torch.set_num_threads(1)
-    first = os.environ.get("RANK", "0") == "0"
+    first, original = os.environ.get("RANK", "0") == "0", teacher()
     for number, options in enumerate(runs):
         gone = options.pop("take_away", None)
         if gone is not None and first:
             shutil.rmtree(Path(options["checkpoints"]) / gone)
-        healed = student()
+        healed = sqa_fx.load(folder / "student")
         options = {"progress": False, "device": "cpu", **options}
-        report = sqa_fx.heal(healed, teacher(), TRAIN, held_out=HELD_OUT, **options)
+        report = sqa_fx.heal(healed, original, TRAIN, held_out=HELD_OUT, **options)
         if first:
             torch.save(dict(healed.named_parameters()), folder / f"weights-{number}.pt")
             (folder / f"report-{number}.json").write_text(report.to_json())

@@ -82,7 +82,7 @@ def test_written_out_attention_counts_as_torch_counts_its_products(v_dim: int) -
     assert call.fused is False and call.query_heads is None
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+@pytest.mark.parametrize("impl", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_sizes_are_those_of_the_inputs(impl: str) -> None:
     case = CASES["bert"]
     converted = convert_now(case.build(impl), hq=0.5, hkv=0.5, kwargs=case.inputs(2, 7))

@@ -28,11 +28,11 @@ def _loss(outputs: Any) -> Tensor:
     )  # fmt: skip
 
 
-# Compiling with Inductor takes long, and it sees the same kinds of graph as aot_eager does.
+# Compiling with Inductor takes a minute, and it sees the same kinds of graph as aot_eager does; it always runs in
+# test_autocast and in test_caches_of_inductor_tell_options_apart.
 INNER = [
     *((name, "aot_eager") for name in ("gpt2", "llama_gqa", "bert", "vit", "torch_encoder")),
-    ("llama_gqa", "inductor"),
-    pytest.param("torch_encoder", "inductor", marks=pytest.mark.slow),
+    *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("llama_gqa", "torch_encoder")),
 ]
 
 
@@ -261,7 +261,7 @@ class Counting(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_buffers_in_place_writes_and_parts_without_gradients(dynamic: bool) -> None:
     torch.manual_seed(0)
     model, x = Counting().train(), noise(2, 5, 24)

@@ -73,7 +73,7 @@ def test_no_share(text: str) -> None:
 
 def test_a_layer_that_hardly_matters_gives_its_heads_first() -> None:
     model = model_of(1.0, 0.01)
-    converted = sqa_fx.convert(model, hq="auto:0.5", args=(batches()[0],), calibration=batches())
+    converted = sqa_fx.convert(model, hq="auto:0.5", args=(batches()[0],), calibration=batches(), dynamic_shapes=None)
     given = [site.hq for site in converted.report.sites]
     assert sum(given) == 8
     assert given[0] > given[1]
@@ -92,6 +92,6 @@ def test_groups_stay_balanced() -> None:
 def test_what_a_budget_needs() -> None:
     model, x = model_of(1.0), batches()[0]
     with pytest.raises(InputError, match="needs calibration="):
-        sqa_fx.convert(model, hq="auto:0.5", args=(x,))
+        sqa_fx.convert(model, hq="auto:0.5", args=(x,), dynamic_shapes=None)
     with pytest.raises(InputError, match="leave hkv= out"):
-        sqa_fx.convert(model, hq="auto:0.5", hkv=2, args=(x,), calibration=[x])
+        sqa_fx.convert(model, hq="auto:0.5", hkv=2, args=(x,), calibration=[x], dynamic_shapes=None)

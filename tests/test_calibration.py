@@ -102,7 +102,7 @@ def evidence(model: nn.Module, given: Any, how: str = "", loss: Any = None) -> t
     """What the data says, without a conversion."""
     first = given[0]
     args, kwargs = ((), first) if isinstance(first, dict) else ((first,), {})
-    captured = capture(model, args, kwargs)
+    captured = capture(model, args, kwargs, None)
     analysis = find_sites(captured.graph_module)
     with Spool(captured) as spool:
         return captured, analysis, calibrate(captured, analysis, given, spool, bool(how), False, loss)
@@ -163,7 +163,7 @@ def test_of_two_heads_that_say_the_same_one_goes() -> None:
             layer.q.bias[rows(of)] = 0
             layer.k.bias[rows(head)] = 0
             layer.k.bias[rows(of)] = 0
-    converted = sqa_fx.convert(model, hq=4, args=(data()[0],), calibration=data())
+    converted = sqa_fx.convert(model, hq=4, args=(data()[0],), calibration=data(), dynamic_shapes=None)
     [site] = converted.plan.sites
     gone = set(range(6)) - set(site.query_heads)
     assert len(gone & {0, 4}) == len(gone & {2, 5}) == 1
@@ -181,14 +181,14 @@ def test_turned_twins_are_merged_exactly(how: KvMerge) -> None:
     for head, of in ((3, 0), (5, 1), (4, 2)):
         twin(model.layers[0], head, of, turned=True)  # type: ignore[arg-type]
     request: dict[str, Any] = {"hq": 6, "hkv": 3, "args": (data()[0],), "calibration": data(), "repair": False}
-    merged = sqa_fx.convert(model, kv_merge=how, **request)
+    merged = sqa_fx.convert(model, kv_merge=how, **request, dynamic_shapes=None)
     assert merged.plan.sites[0].kv_groups == ((0, 3), (1, 5), (2, 4))
     assert merged.plan.sites[0].kv_merge == how
     fresh = data(2, seed=5)
     assert error(merged, model, fresh) < 1e-10
     assert merged.report.proof is not None
     if how == "aligned":
-        assert error(sqa_fx.convert(model, kv_merge="mean", **request), model, fresh) > 1e-3
+        assert error(sqa_fx.convert(model, kv_merge="mean", **request, dynamic_shapes=None), model, fresh) > 1e-3
 
 
 def test_grouped_queries() -> None:
@@ -197,11 +197,11 @@ def test_grouped_queries() -> None:
         twin(model.layers[0], 3, 0, turned=True)  # type: ignore[arg-type]
         twin(model.layers[0], 2, 1, turned=True)  # type: ignore[arg-type]
     request: dict[str, Any] = {"hkv": 2, "args": (data()[0],), "calibration": data(), "kv_merge": "aligned"}
-    whole = sqa_fx.convert(model, hq=8, repair=False, **request)
+    whole = sqa_fx.convert(model, hq=8, repair=False, **request, dynamic_shapes=None)
     assert whole.plan.sites[0].kv_groups == ((0, 3), (1, 2))
     fresh = data(2, seed=5)
     assert error(whole, model, fresh) < 1e-10
-    half = sqa_fx.convert(model, hq=4, **request)
+    half = sqa_fx.convert(model, hq=4, **request, dynamic_shapes=None)
     [site] = half.plan.sites
     assert [sum(h // 2 in group for h in site.query_heads) for group in site.kv_groups] == [2, 2]
     assert half.report.proof is not None
@@ -215,8 +215,8 @@ def test_repair_lowers_the_true_error() -> None:
     model = model_of(layers=2)
     request: dict[str, Any] = {"hq": 3, "args": (data()[0],), "calibration": data(12)}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    repaired = sqa_fx.convert(model, **request)
-    plain = sqa_fx.convert(model, repair=False, **request)
+    repaired = sqa_fx.convert(model, **request, dynamic_shapes=None)
+    plain = sqa_fx.convert(model, repair=False, **request, dynamic_shapes=None)
     fresh = data(4, seed=5)
     assert error(repaired, model, fresh) < 0.5 * error(plain, model, fresh)
     assert {f"layers.{i}.o.{p}" for i in (0, 1) for p in ("weight", "bias")} <= set(repaired.plan.refitted)
@@ -239,7 +239,7 @@ def test_layers_that_share_parameters() -> None:
     """As in ALBERT: one choice for all of them, and no projection is fitted to one of its places alone."""
     model = model_of(layers=3, shared=True)
     hush(model.layers[0], 1, 4)  # type: ignore[arg-type]
-    converted = sqa_fx.convert(model, hq=4, args=(data()[0],), calibration=data(2))
+    converted = sqa_fx.convert(model, hq=4, args=(data()[0],), calibration=data(2), dynamic_shapes=None)
     assert {site.query_heads for site in converted.plan.sites} == {(0, 2, 3, 5)}
     assert len(converted.plan.sites) == 3
     assert converted.plan.refitted == ()
@@ -252,7 +252,7 @@ def test_layers_that_share_parameters() -> None:
 
 def test_too_few_samples_to_hold_any_out() -> None:
     x = data()[0][:2]
-    converted = sqa_fx.convert(model_of(), hq=3, args=(x,), calibration=[x])
+    converted = sqa_fx.convert(model_of(), hq=3, args=(x,), calibration=[x], dynamic_shapes=None)
     assert converted.plan.refitted == ()
     assert any("is not repaired: no sample is left to hold out" in n for n in converted.report.notes)
 
@@ -317,7 +317,8 @@ def test_a_generator_is_read_once() -> None:
             read.append(number)
             yield x
 
-    converted = sqa_fx.convert(model_of(), hq=3, calibration=stream())  # the first batch is the example, too
+    # The first batch is the example, too.
+    converted = sqa_fx.convert(model_of(), hq=3, calibration=stream(), dynamic_shapes=None)
     assert read == [0, 1, 2]
     assert converted.plan.refitted
     assert converted(data()[0])["logits"].shape == (ROWS, TOKENS, 5)
@@ -332,14 +333,15 @@ def test_labels_and_other_extras_go_to_the_loss_only() -> None:
         return F.cross_entropy(outputs["logits"].flatten(0, 1), batch["labels"].flatten())
 
     request: dict[str, Any] = {"hq": 3, "heads": "fisher", "loss": loss, "repair": False}
-    sqa_fx.convert(model_of(), calibration=batches, **request)  # the example is the first batch without labels
+    # The example is the first batch without labels.
+    sqa_fx.convert(model_of(), calibration=batches, **request, dynamic_shapes=None)
     assert [id(b) for b in seen] == [id(b) for b in batches]
 
 
 def test_a_mask_that_the_graph_does_not_take_is_reported() -> None:
     mask = (torch.arange(TOKENS) < torch.tensor([[7], [3], [5], [1]])).long()
     batches = [{"x": x, "attention_mask": mask} for x in data(2)]
-    converted = sqa_fx.convert(model_of(), hq=3, args=(data()[0],), calibration=batches)
+    converted = sqa_fx.convert(model_of(), hq=3, args=(data()[0],), calibration=batches, dynamic_shapes=None)
     assert any("attention_mask" in n and "example inputs" in n for n in converted.report.notes)
 
 
@@ -353,14 +355,14 @@ def test_what_is_wrong_with_the_data_or_the_request() -> None:
         sqa_fx.convert(model, hq=3, calibration=iter([]))
     for single in (x, {"x": x}):
         with pytest.raises(InputError, match="put a single batch in a list"):
-            sqa_fx.convert(model, hq=3, args=(x,), calibration=single)
+            sqa_fx.convert(model, hq=3, args=(x,), calibration=single, dynamic_shapes=None)
     for choice in ({"heads": "reconstruct"}, {"kv_merge": "aligned"}, {"repair": True}):
         with pytest.raises(InputError, match="needs calibration="):
-            sqa_fx.convert(model, hq=3, args=(x,), **choice)
+            sqa_fx.convert(model, hq=3, args=(x,), **choice, dynamic_shapes=None)
     with pytest.raises(InputError, match="either plan= or calibration="):
-        sqa_fx.convert(model, plan=Plan(()), args=(x,), calibration=[x])
+        sqa_fx.convert(model, plan=Plan(()), args=(x,), calibration=[x], dynamic_shapes=None)
     with pytest.raises(InputError, match="heads='best': known are"):
-        sqa_fx.convert(model, hq=3, args=(x,), heads="best")  # type: ignore[arg-type]
+        sqa_fx.convert(model, hq=3, args=(x,), heads="best", dynamic_shapes=None)  # type: ignore[arg-type]
 
 
 # --- the plan keeps it all ------------------------------------------------------------------------------------------
@@ -369,7 +371,9 @@ def test_what_is_wrong_with_the_data_or_the_request() -> None:
 @pytest.fixture(scope="module")
 def made() -> tuple[Model, Any]:
     model = model_of(layers=2)
-    return model, sqa_fx.convert(model, hq=4, hkv=2, args=(data()[0],), calibration=data(), kv_merge="aligned")
+    return model, sqa_fx.convert(
+        model, hq=4, hkv=2, args=(data()[0],), calibration=data(), kv_merge="aligned", dynamic_shapes=None
+    )
 
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
@@ -388,7 +392,7 @@ def test_a_saved_plan_gives_the_same_bits(made: tuple[Model, Any], tmp_path: Pat
     assert {k: v.tolist() for k, v in plan.tensors.items()} == {
         k: v.tolist() for k, v in converted.plan.tensors.items()
     }
-    again = sqa_fx.convert(model, plan=plan, args=(data()[1],))
+    again = sqa_fx.convert(model, plan=plan, args=(data()[1],), dynamic_shapes=None)
     assert same_bits(again, converted)
     assert again.plan == plan
     assert again.report.proof is not None
@@ -410,10 +414,16 @@ def test_tensors_that_are_missing_or_altered(made: tuple[Model, Any], tmp_path: 
     without = json.loads(path.read_text())
     del without["tensors"]
     with pytest.raises(PlanError, match=r"keep the \.safetensors file beside the plan"):
-        sqa_fx.convert(model, plan=Plan.from_json(without), args=(data()[0],), verify=False)
+        sqa_fx.convert(model, plan=Plan.from_json(without), args=(data()[0],), verify=False, dynamic_shapes=None)
     for missing in ("rotations", "refitted"):
         with pytest.raises(PlanError, match=r"keep the \.safetensors file beside the plan"):
-            sqa_fx.convert(model, plan=Plan.from_json({**without, missing: []}), args=(data()[0],), verify=False)
+            sqa_fx.convert(
+                model,
+                plan=Plan.from_json({**without, missing: []}),
+                args=(data()[0],),
+                verify=False,
+                dynamic_shapes=None,
+            )
 
 
 def test_tensors_of_another_model(made: tuple[Model, Any]) -> None:
@@ -423,7 +433,7 @@ def test_tensors_of_another_model(made: tuple[Model, Any]) -> None:
     for tensors, refitted in (({name: torch.zeros(2, 2)}, plan.refitted), ({"refitted/no": torch.ones(1)}, ("no",))):
         other = Plan(plan.sites, plan.parameters, plan.inputs, plan.rotations, refitted, {**plan.tensors, **tensors})
         with pytest.raises(PlanError, match="the plan refits"):
-            sqa_fx.convert(model, plan=other, args=(data()[0],), verify=False)
+            sqa_fx.convert(model, plan=other, args=(data()[0],), verify=False, dynamic_shapes=None)
 
 
 def test_a_saved_conversion_keeps_its_plan(made: tuple[Model, Any], tmp_path: Path) -> None:
@@ -432,7 +442,7 @@ def test_a_saved_conversion_keeps_its_plan(made: tuple[Model, Any], tmp_path: Pa
     assert (tmp_path / "saved" / "plan.safetensors").is_file()
     loaded = sqa_fx.load(tmp_path / "saved")
     assert loaded.plan == converted.plan
-    assert same_bits(sqa_fx.convert(model, plan=loaded.plan, args=(data()[0],)), converted)
+    assert same_bits(sqa_fx.convert(model, plan=loaded.plan, args=(data()[0],), dynamic_shapes=None), converted)
     beside = tmp_path / "saved" / "plan.safetensors"
     content = beside.read_bytes()
     beside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -444,7 +454,7 @@ def test_a_saved_conversion_keeps_its_plan(made: tuple[Model, Any], tmp_path: Pa
 
 
 def test_a_conversion_without_data_is_saved_as_before(tmp_path: Path) -> None:
-    converted = sqa_fx.convert(model_of(), hq=3, args=(data()[0],))
+    converted = sqa_fx.convert(model_of(), hq=3, args=(data()[0],), dynamic_shapes=None)
     converted.save(tmp_path / "saved")
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
         "model.safetensors", "program.json", "sqa_fx.json"

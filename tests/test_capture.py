@@ -214,7 +214,7 @@ def test_example_inputs_are_not_modified() -> None:
 
     x = _X.clone()
     try:
-        converted = sqa_fx.convert(Writes().eval(), hq=4, hkv=2, args=(x,))
+        converted = sqa_fx.convert(Writes().eval(), hq=4, hkv=2, args=(x,), dynamic_shapes=None)
     except sqa_fx.SqaError:
         return  # a model that writes to its inputs may be refused, in words
     assert torch.equal(x, _X)
@@ -235,7 +235,7 @@ def test_in_place_ops_inside_the_region() -> None:
     model = InPlace().eval()
     expected = model(_X)
     assert torch.equal(sqa_fx.convert(model, hq=1.0, hkv=1.0, args=(_X,), dynamic_shapes=None)(_X), expected)
-    converted = sqa_fx.convert(model, hq=4, hkv=2, args=(_X,))
+    converted = sqa_fx.convert(model, hq=4, hkv=2, args=(_X,), dynamic_shapes=None)
     load_masked(model, converted.plan.to_json())
     torch.testing.assert_close(converted(_X), model(_X), rtol=0, atol=2e-6)
 
@@ -306,9 +306,9 @@ def test_inputs_that_disagree_are_not_computed() -> None:
 
 def test_example_inputs_that_do_not_fit_the_forward() -> None:
     with pytest.raises(sqa_fx.SqaError, match=r"forward|signature"):
-        sqa_fx.convert(TwoInputs().eval(), hq=4, args=(_X, 2.0, _X, _X))
+        sqa_fx.convert(TwoInputs().eval(), hq=4, args=(_X, 2.0, _X, _X), dynamic_shapes=None)
     with pytest.raises(sqa_fx.SqaError):
-        sqa_fx.convert(TwoInputs().eval(), hq=4, args=(_X[..., :9],))
+        sqa_fx.convert(TwoInputs().eval(), hq=4, args=(_X[..., :9],), dynamic_shapes=None)
 
 
 def test_without_inputs_it_converts_on_the_first_call() -> None:

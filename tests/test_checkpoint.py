@@ -52,7 +52,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def converted(model: nn.Module) -> Any:
-    return sqa_fx.convert(model, hq=4, hkv=2)
+    return sqa_fx.convert(model, hq=4, hkv=2, dynamic_shapes=None)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_bits_of_a_conversion_in_memory(
 
     monkeypatch.setattr(checkpoint_weights, "_streamed", counted)
     monkeypatch.setattr(checkpoint_weights, "CHUNK", 700)
-    report = sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", hq=4, hkv=2, jobs=2)
+    report = sqa_fx.convert_checkpoint(checkpoint, tmp_path / "out", hq=4, hkv=2, jobs=2, dynamic_shapes=None)
     names = [f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(LAYERS) for name in "vo"]
     assert sorted(read) == sorted(names), "each is read once"
     assert report.plan.sites == converted.plan.sites and report.plan.same_cuts(converted.plan)
@@ -237,12 +237,12 @@ def test_tied_names_and_what_is_not_stored(tmp_path: Path) -> None:
     from sqa_fx.checkpoint import convert_files
 
     module, x = Shared(), torch.randn(2, 5, 24)
-    converted = sqa_fx.convert(module, hq=2, hkv=2, args=(x,))
+    converted = sqa_fx.convert(module, hq=2, hkv=2, args=(x,), dynamic_shapes=None)
     (tmp_path / "in").mkdir()
     # The names of the second place, under a prefix, as another library may store them.
     save_file({f"net.again.{n}": t.clone() for n, t in module.again.state_dict().items()},
               tmp_path / "in" / "model.safetensors")  # fmt: skip
-    made = planned(module, hq=2, hkv=2, args=(x,))
+    made = planned(module, hq=2, hkv=2, args=(x,), dynamic_shapes=None)
     assert len(made.unstored) == 1 and made.unstored[0].endswith("slopes")
     report = convert_files(tmp_path / "in", tmp_path / "out", {}, lambda: made)
     assert any("slopes" in note for note in report.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,15 +45,26 @@ def small():
 '''
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved conversion."""
+    folder = tmp_path_factory.mktemp("conversion")
+    (folder / "bytes_to_convert.py").write_text(MODEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        assert main(["convert", "bytes_to_convert:make", "--hq", "2", "--hkv", "2", "-o", str(folder / "student")]) == 0
+    return folder / "student"
+
+
 @pytest.fixture
-def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def case(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Arguments of a command for a conversion in ``student``, on a text file; the current folder is a fresh one."""
     module = f"bytes_{abs(hash(tmp_path))}"
     (tmp_path / f"{module}.py").write_text(MODEL)
+    shutil.copytree(student, tmp_path / "student")
     (tmp_path / "text.txt").write_text("the cat sat on the mat, the dog sat on the log; " * 12)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["convert", f"{module}:make", "--hq", "2", "--hkv", "2", "-o", "student"]) == 0
 
     def arguments(command: str, *more: str, teacher: str = "make", data: str = "text.txt") -> list[str]:
         models = [command, "student", "--teacher", f"{module}:{teacher}", "--data", data, "--device", "cpu"]

@@ -1,13 +1,14 @@
 """Every model of attention_models: identity is bit-exact, halves are proved, and the user's own module agrees.
 
-Capturing free sizes costs several times as much as capturing fixed ones, so each model has them in one of its tests,
-for one implementation of its attention; the other one is halved from a program that the user exported. What both
-implementations could do in every test is marked ``slow`` for the other one.
+Capturing free sizes costs several times as much as capturing fixed ones, so a model has them in one of its tests, for
+one implementation of its attention; the other one is halved from a program that the user exported. What both
+implementations could do in every test is marked ``slow`` for the other one, and so are models like another one.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,10 @@ def _close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=2e-5 * max(1.0, float(e.abs().max())))
 
 
+# Like models that stay.
+ALIKE = ("llama_mha", "falcon_mha")
+# Their sizes are free; those of the rest are where everything runs, and in test_dynamic_sizes.py.
+FREE = ("gpt2", "whisper", "falcon_gqa", "bloom", "torch_cross_attention", "einsum")
 # One implementation a model, by turns, and the other one where there are two.
 TURNS, OTHERS = (
     [(name, case.impls[(turn + other) % len(case.impls)]) for turn, (name, case) in enumerate(CASES.items())]
@@ -49,10 +54,11 @@ TURNS, OTHERS = (
 )
 
 
-BOTH = [run if run in TURNS else pytest.param(*run, marks=pytest.mark.slow) for run in RUNS]
+def _marked(run: tuple[Any, ...], short: bool) -> Any:
+    return pytest.param(*run, marks=[] if short and run[0] not in ALIKE else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "impl"), BOTH)
+@pytest.mark.parametrize(("name", "impl"), [_marked(run, run in TURNS) for run in RUNS])
 def test_identity_is_bit_exact(name: str, impl: str) -> None:
     case = CASES[name]
     model, inputs = case.build(impl), case.inputs(BATCH, LENGTH)
@@ -66,12 +72,17 @@ def test_identity_is_bit_exact(name: str, impl: str) -> None:
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(("name", "impl"), BOTH)
-def test_half_of_the_heads(name: str, impl: str) -> None:
+HALVES = [
+    *(_marked((*run, run[0] in FREE), run in TURNS) for run in RUNS),
+    *(_marked((*run, True), False) for run in TURNS if run[0] not in FREE),
+]
+
+
+@pytest.mark.parametrize(("name", "impl", "free"), HALVES)
+def test_half_of_the_heads(name: str, impl: str, free: bool) -> None:
     case = CASES[name]
     model, inputs = case.build(impl), case.inputs(BATCH, LENGTH)
     before, training = whole_state(model), model.training
-    free = (name, impl) in TURNS
     converted = sqa_fx.convert(model, hq=0.5, hkv=0.25, kwargs=inputs, dynamic_shapes="auto" if free else None)
     report, plan = converted.report, converted.plan.to_json()
     assert len(report.sites) == case.sites
@@ -99,7 +110,10 @@ def test_half_of_the_heads(name: str, impl: str) -> None:
         _close(_run(converted, others), _run(model, others))
 
 
-@pytest.mark.parametrize(("name", "impl"), OTHERS)
+PROGRAMS = ("gpt2", "llama_gqa", "bert", "t5", "falcon_gqa", "swin", "torch_encoder", "torch_cross_attention", "einsum")
+
+
+@pytest.mark.parametrize(("name", "impl"), [_marked(run, run[0] in PROGRAMS) for run in OTHERS])
 def test_as_many_kv_heads_as_query_heads(name: str, impl: str) -> None:
     """hkv half of the KV heads, static, from a program that the user exported."""
     case = CASES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from typing import Any
@@ -20,6 +21,16 @@ from sqa_fx.evaluate import rank_correlation
 CPU: dict[str, Any] = {"device": "cpu"}
 
 
+@functools.cache
+def _student_once() -> sqa_fx.ConvertedModule:
+    return student()
+
+
+def _student() -> sqa_fx.ConvertedModule:
+    """A student of its own for each test."""
+    return copy.deepcopy(_student_once())
+
+
 class _Fixed(nn.Module):
     """Returns one tensor after another, whatever comes in."""
 
@@ -35,7 +46,7 @@ class _Fixed(nn.Module):
 
 
 def test_language_models_are_measured_on_valid_tokens_only() -> None:
-    original, converted = teacher(), student()
+    original, converted = teacher(), _student()
     found = sqa_fx.evaluate(converted, original, TRAIN, **CPU)
     assert found.kind == "lm" and found.samples == 30
     for model, numbers in ((converted, found.student), (original, found.teacher)):
@@ -151,7 +162,7 @@ def test_rank_correlation_shares_ranks_of_ties(a: list[float], b: list[float], e
 
 
 def test_models_are_left_as_they_were() -> None:
-    original, converted = teacher().train(), student()
+    original, converted = teacher().train(), _student()
     original.get_submodule("norm").eval()
     modes = [m.training for m in original.modules()]
     before = copy.deepcopy(converted.state_dict())

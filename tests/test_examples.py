@@ -50,7 +50,8 @@ for line in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    "scripts", [("llm", "tensorrt", "compared", "missing"), pytest.param(("vit", "diffusion"), marks=pytest.mark.slow)]
+    "scripts",
+    [("vit", "missing"), pytest.param(("llm", "tensorrt", "compared", "diffusion"), marks=pytest.mark.slow)],
 )
 def test_examples(scripts: Sequence[str], tmp_path: Path) -> None:
     commands = [f"{name} {SCRIPTS[name]} --out {tmp_path / name}" for name in scripts]

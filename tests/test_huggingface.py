@@ -105,7 +105,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported
     def once(name: str) -> Exported:
         if name not in done:
             model = MODELS[name]()
-            converted = sqa_fx.convert(model, hq=4, hkv=2 if "num_key_value_heads" in NATIVE.get(name, {}) else 4)
+            converted = sqa_fx.convert(
+                model, hq=4, hkv=2 if "num_key_value_heads" in NATIVE.get(name, {}) else 4, dynamic_shapes=None
+            )
             folder = tmp_path_factory.mktemp(name) / "out"
             done[name] = Exported(model, converted, sqa_fx.export(converted, folder, to="huggingface"), folder)
         return done[name]
@@ -193,7 +195,7 @@ def test_ties_sizes_and_files_beside(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "in").eval()
-    converted = sqa_fx.convert(model, hq=4, hkv=2)
+    converted = sqa_fx.convert(model, hq=4, hkv=2, dynamic_shapes=None)
     sqa_fx.export(converted, tmp_path / "out", to="huggingface", max_shard_size="20KB")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
@@ -206,7 +208,7 @@ def test_ties_sizes_and_files_beside(tmp_path: Path) -> None:
 
 def test_layers_that_keep_different_numbers(tmp_path: Path) -> None:
     model = _make("LlamaForCausalLM", "LlamaConfig", **{**TEXT, "num_hidden_layers": 2})()
-    converted = sqa_fx.convert(model, hq={"*.0.*": 4, "*.1.*": 2}, hkv=2)
+    converted = sqa_fx.convert(model, hq={"*.0.*": 4, "*.1.*": 2}, hkv=2, dynamic_shapes=None)
     artifact = sqa_fx.export(converted, tmp_path / "out", to="huggingface")
     assert "layers of one kind keep different numbers of heads" in artifact.sidecar.notes[1]
     assert artifact.sidecar.validation is not None and artifact.sidecar.validation["form"] != "native"
@@ -281,7 +283,7 @@ def test_nothing_is_left_behind(
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MODELS["llama"]().save_pretrained(tmp_path / "in")
-    command = ["--hq", "4", "--hkv", "2", "-o", str(tmp_path / "out")]
+    command = ["--hq", "4", "--hkv", "2", "--static", "-o", str(tmp_path / "out")]
     assert main(["export", str(tmp_path / "in"), "--to", "huggingface", *command]) == 0
     assert "loads natively, with AutoModelForCausalLM" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "in"), *command[:-1], str(tmp_path / "graph")]) == 0
@@ -296,7 +298,7 @@ def test_a_model_that_was_changed_in_place(tmp_path: Path) -> None:
     import transformers
 
     model = MODELS["llama"]()
-    report = sqa_fx.convert_(model, hq=4, hkv=2)
+    report = sqa_fx.convert_(model, hq=4, hkv=2, dynamic_shapes=None)
     with pytest.raises(InputError, match="pass surgery="):
         sqa_fx.export(model, tmp_path / "out", to="huggingface")
     artifact = sqa_fx.export(
@@ -313,7 +315,7 @@ def test_fused_projections_lie_as_the_class_expects(tmp_path: Path) -> None:
     import transformers
 
     build = _listed("DeepSeek-V3", **ONE_LAYER, first_k_dense_replace=1)
-    converted = sqa_fx.convert(build(), hq=4, hkv=4)
+    converted = sqa_fx.convert(build(), hq=4, hkv=4, dynamic_shapes=None)
     artifact = sqa_fx.export(converted, tmp_path / "out", to="huggingface")
     assert artifact.sidecar.notes[0] == "loads natively, with AutoModelForCausalLM"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -63,7 +63,7 @@ def stack(*heads: int) -> Stack:
 
 def test_pairs_of_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = stack(6, 10), torch.randint(0, 30, (2, 7))
-    converted = convert_now(model, hq={"*.0": 2, "*.1": 5}, hkv={"*.0": 2, "*.1": 5}, args=(ids,))
+    converted = convert_now(model, hq={"*.0": 2, "*.1": 5}, hkv={"*.0": 2, "*.1": 5}, args=(ids,), dynamic_shapes=None)
 
     def times(calls: Sequence[AttentionCall], iterations: int) -> list[float]:
         assert [call.query_heads for call in calls] == [6, 10] and iterations == 4
@@ -78,7 +78,7 @@ def test_pairs_of_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_graphs_that_are_not_one_model() -> None:
     ids = torch.randint(0, 30, (2, 7))
     model = stack(6)
-    converted = convert_now(model, hq=3, hkv=3, args=(ids,))
+    converted = convert_now(model, hq=3, hkv=3, args=(ids,), dynamic_shapes=None)
     with pytest.raises(InputError, match="2 attentions and the converted graph 1"):
         site_times(torch.export.export(stack(6, 6), (ids,)), converted, ((ids,), {}), 1)
     with pytest.raises(InputError, match="only heads may differ"):  # heads of another size

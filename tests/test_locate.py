@@ -157,7 +157,7 @@ class PooledGate(nn.Module):
 
 def test_sites_and_refusals_name_the_line_of_the_attention() -> None:
     model = Pair(Plain(), OutputSquaredAcrossHeads()).eval()
-    report = converted(model, hq=2, args=(X,)).report
+    report = converted(model, hq=2, args=(X,), dynamic_shapes=None).report
     assert [s.location for s in report.sites] == [line_of(Plain, "F.scaled_dot_product_attention")]
     (refused,) = report.refused
     assert refused.location == line_of(OutputSquaredAcrossHeads, "F.scaled_dot_product_attention")
@@ -173,12 +173,12 @@ def test_sites_and_refusals_name_the_line_of_the_attention() -> None:
 
 def test_a_softmax_is_found_where_it_is_called() -> None:
     model = Stack([FusedAttention(30, 6, fused=False)], 30).eval()
-    report = sqa_fx.inspect(model, args=(tokens(2, 7),))
+    report = sqa_fx.inspect(model, args=(tokens(2, 7),), dynamic_shapes=None)
     assert [s.location for s in report.sites] == [line_of(FusedAttention, "F.softmax")]
 
 
 def test_a_known_kind_of_refusal_comes_with_its_advice() -> None:
-    (refused,) = sqa_fx.inspect(TalkingHeads(True).eval(), args=(X,)).refused
+    (refused,) = sqa_fx.inspect(TalkingHeads(True).eval(), args=(X,), dynamic_shapes=None).refused
     assert refused.kind == "talking heads"
     assert refused.advice == ADVICE["talking heads"]
     assert set(ADVICE) == set(get_args(RefusalKind))
@@ -187,7 +187,7 @@ def test_a_known_kind_of_refusal_comes_with_its_advice() -> None:
 def test_modules_of_torch_stand_in_where_the_trace_holds_nothing_else() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 52, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    report = sqa_fx.inspect(model, args=(torch.randn(2, 5, 32),))
+    report = sqa_fx.inspect(model, args=(torch.randn(2, 5, 32),), dynamic_shapes=None)
     assert len(report.sites) == 2
     assert all(re.fullmatch(r"torch/nn/modules/activation\.py:\d+", s.location) for s in report.sites)
 
@@ -200,7 +200,7 @@ def test_modules_of_torch_stand_in_where_the_trace_holds_nothing_else() -> None:
             y: Tensor = self.encoder(x)
             return y
 
-    report = sqa_fx.inspect(Mine().eval(), args=(torch.randn(2, 5, 32),))
+    report = sqa_fx.inspect(Mine().eval(), args=(torch.randn(2, 5, 32),), dynamic_shapes=None)
     assert {s.location for s in report.sites} == {line_of(Mine, "self.encoder(x)")}
 
 
@@ -210,12 +210,12 @@ def test_a_program_without_traces_has_no_locations() -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
         node.meta.pop("nn_module_stack", None)
-    report = converted(program, hq=2, args=(X,)).report
+    report = converted(program, hq=2, args=(X,), dynamic_shapes=None).report
     assert [s.location for s in report.sites] == [""]
     assert [(r.location, r.source, r.node_locations) for r in report.refused] == [("", "", ("",))]
     assert "()" not in report.table()
     with pytest.raises(PlanError, match=r"hq=9 is not between 1 and 4$"):
-        sqa_fx.convert(program, hq=9, args=(X,))
+        sqa_fx.convert(program, hq=9, args=(X,), dynamic_shapes=None)
 
 
 def _node(*frames: tuple[str, int, str]) -> torch.fx.Node:
@@ -306,7 +306,7 @@ def test_relative_positions_belong_to_their_site() -> None:
             scores = q @ k.transpose(-2, -1) + q @ r.transpose(-2, -1)
             return self.merge(scores.softmax(-1) @ v)
 
-    report = sqa_fx.inspect(Relative().eval(), args=(X,))
+    report = sqa_fx.inspect(Relative().eval(), args=(X,), dynamic_shapes=None)
     assert len(report.sites) + len(report.refused) == 1
     assert report.other_mixers == []
 
@@ -339,7 +339,7 @@ class Mixture(nn.Module):
 def test_the_drawing_holds_every_site(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "regions.svg"
-    report = sqa_fx.inspect(Mixture().eval(), hq=2, hkv=1, args=(X,), graph=path)
+    report = sqa_fx.inspect(Mixture().eval(), hq=2, hkv=1, args=(X,), graph=path, dynamic_shapes=None)
     text = _texts(path)
     assert "blocks.0 ... blocks.2  x 3" in text
     assert "4 query heads, 4 KV heads of 6 -> 2, 1" in text
@@ -350,16 +350,16 @@ def test_the_drawing_holds_every_site(tmp_path: Path) -> None:
     assert "left alone: 'recurrent.layer'" in text
     assert all(site.name in path.read_text() for site in report.sites)
     first = path.read_bytes()
-    sqa_fx.inspect(Mixture().eval(), hq=2, hkv=1, args=(X,), graph=path, overwrite=True)
+    sqa_fx.inspect(Mixture().eval(), hq=2, hkv=1, args=(X,), graph=path, overwrite=True, dynamic_shapes=None)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["regions.svg"]
 
 
 def test_drawings_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    sqa_fx.inspect(Plain().eval(), args=(X,), graph=tmp_path / "one.png")
+    sqa_fx.inspect(Plain().eval(), args=(X,), graph=tmp_path / "one.png", dynamic_shapes=None)
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    sqa_fx.inspect(Recurrent(nn.LSTM).eval(), args=(X,), graph=tmp_path / "none.svg")
+    sqa_fx.inspect(Recurrent(nn.LSTM).eval(), args=(X,), graph=tmp_path / "none.svg", dynamic_shapes=None)
     assert "no attention site" in _texts(tmp_path / "none.svg")
     for name, words in (("one.png", "exists"), ("one.pdf", r"\.svg or \.png"), ("no/such.svg", "does not exist")):
         with pytest.raises(InputError, match=words):

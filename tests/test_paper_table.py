@@ -37,10 +37,9 @@ def test_the_papers_sizes() -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        "MQA",
         "SQA",
         "rSQA",
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("GQA", "sSQA", "xSQA", "xSMQA", "lSQA")),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("MQA", "GQA", "sSQA", "xSQA", "xSMQA", "lSQA")),
     ],
 )
 def test_written_by_hand_equals_converted(variant: str) -> None:

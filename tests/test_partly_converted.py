@@ -78,7 +78,7 @@ def test_names_and_ties_of_the_parameters_are_the_original_ones() -> None:
 
 def test_nothing_changes_for_the_identity() -> None:
     model, ids = mixture(layers=1), tokens(2, 7)
-    converted = _convert(model, hq=1.0, hkv=1.0)
+    converted = _convert(model, hq=1.0, hkv=1.0, dynamic_shapes=None)
     assert torch.equal(converted(ids)["logits"], model(ids)["logits"])
 
 
@@ -87,7 +87,7 @@ def test_the_users_model_is_untouched() -> None:
     before, attributes = whole_state(model), {n: dict(vars(m)) for n, m in model.named_modules()}
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     random = torch.random.get_rng_state()
-    converted = _convert(model)
+    converted = _convert(model, dynamic_shapes=None)
     assert torch.equal(random, torch.random.get_rng_state())
     with torch.no_grad():
         for parameter in converted.parameters():
@@ -165,7 +165,7 @@ def test_plans_and_patterns_are_those_of_the_whole() -> None:
     with pytest.raises(PlanError, match="no site is named"):
         _convert(model, hq={}, hkv=None, dynamic_shapes=None)
     with pytest.raises(PlanError, match=r"does not have; it has: layers\.0\.attention"):
-        sqa_fx.convert(mixture(layers=1), plan=_shared().plan, args=(ids,))
+        sqa_fx.convert(mixture(layers=1), plan=_shared().plan, args=(ids,), dynamic_shapes=None)
 
 
 def test_saving_and_exporting_say_what_is_possible(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_wrong_shapes_and_inputs() -> None:
 def test_inspect_takes_the_same_way() -> None:
     model = mixture()
     before = whole_state(model)
-    report = sqa_fx.inspect(model, hq=4, hkv=2, args=(tokens(2, 7),))
+    report = sqa_fx.inspect(model, hq=4, hkv=2, args=(tokens(2, 7),), dynamic_shapes=None)
     assert [(s.name, s.hq, s.hkv) for s in report.sites] == [("layers.0.attention", 4, 2), ("layers.1.attention", 4, 2)]
     assert note_with(report, "converted per submodule")
     assert all(torch.equal(v, before[k]) for k, v in whole_state(model).items())
@@ -250,7 +250,7 @@ def test_a_parameter_that_others_read_is_not_cut() -> None:
             return {**out, "extra": self.extra(out["last"])}
 
     model = Tied().eval()
-    converted = _convert(model)
+    converted = _convert(model, dynamic_shapes=None)
     assert [s.name for s in converted.report.sites] == ["layers.1.attention"]
     refusal = converted.report.refused[0]
     assert refusal.name == "layers.0.attention" and "v.weight is also extra.weight" in refusal.reason
@@ -267,7 +267,7 @@ def test_a_cache_beside_experts_is_turned_off() -> None:
                 return out["last"], cache
             return out["last"]
 
-    converted, ids = _convert(Remembering(layers=1).eval()), tokens(2, 7)
+    converted, ids = _convert(Remembering(layers=1).eval(), dynamic_shapes=None), tokens(2, 7)
     assert note_with(converted.report, "called with use_cache=False")
     assert isinstance(converted(ids), Tensor) and torch.equal(converted(ids, False), converted(ids, use_cache=False))
     for args, kwargs in (((ids, True), {}), ((ids,), {"use_cache": True})):
@@ -289,7 +289,7 @@ def test_batch_norm_in_training_mode() -> None:
 
     model = nn.Sequential(Normed(), Experts(WIDTH)).train()
     before = whole_state(model)
-    converted = _convert(model, args=(X,))
+    converted = _convert(model, args=(X,), dynamic_shapes=None)
     assert note_with(converted.report, "not compared in eager, only its submodules were proved: batch norm")
     assert converted.training and all(m.training for m in converted.modules())
     assert all(torch.equal(v, before[k]) for k, v in whole_state(model).items())
@@ -327,7 +327,7 @@ def test_the_nearest_miss_of_a_submodule() -> None:
             return out
 
     model = nn.Sequential(Talking(WIDTH, HEADS), Experts(WIDTH)).eval()
-    report = sqa_fx.inspect(model, args=(X,))
+    report = sqa_fx.inspect(model, args=(X,), dynamic_shapes=None)
     assert not report.sites and [r.name for r in report.refused] == ["0"]
     with pytest.raises(NoAttentionError, match=r"nearest miss: '0'.*exported alone, because torch\.export failed"):
         _convert(model, args=(X,), dynamic_shapes=None)
@@ -365,7 +365,7 @@ def test_a_router_that_rounding_tips_is_compared_step_by_step() -> None:
             x = self.layers[0](x)
             return {"tipped": (x * 2.0**40).sin()}
 
-    converted = _convert(Tips(layers=1).eval())
+    converted = _convert(Tips(layers=1).eval(), dynamic_shapes=None)
     assert converted.report.proof is not None
     eager = converted.report.proof["eager"]
     assert eager["in_step"] and eager["error"] < 1e-4 < eager["free_running_error"]

@@ -57,7 +57,7 @@ def test_the_module_itself_has_fewer_heads(kind: type[nn.Module], changed: set[s
 
 def test_layers_of_torch_follow() -> None:
     model = Plain().eval()
-    sqa_fx.convert_(model, hq=2, hkv=2, args=(inputs(),))
+    sqa_fx.convert_(model, hq=2, hkv=2, args=(inputs(),), dynamic_shapes=None)
     assert (model.q.out_features, model.q.in_features, model.o.in_features) == (2 * HEAD_DIM, WIDTH, 2 * HEAD_DIM)
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused_and_unchanged(kind: type[nn.Module]) -> None:
     model = kind().train()
     before = state(model)
     with pytest.raises(SurgeryError, match=r"as it was(.|\n)*Tried in \d+ runs"):
-        sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),))
+        sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),), dynamic_shapes=None)
     assert state(model) == before
 
 
@@ -87,7 +87,7 @@ def test_an_interrupt_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted in (1, 2):  # in the search, and when everything was in its place for good
         calls = 0
         with pytest.raises(KeyboardInterrupt):
-            sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),))
+            sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),), dynamic_shapes=None)
         assert calls == wanted and state(model) == before
 
 
@@ -95,7 +95,7 @@ def test_a_shared_config_is_copied_for_those_that_need_it() -> None:
     config = Config()
     model: Any = nn.Sequential(FromConfig(config), Scaled(config), FromConfig(config)).eval()
     original, x = copy.deepcopy(model), inputs()
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     _agree(model, _masked(original, report.plan), x)
     assert config.heads == HEADS and model[1].config is config
     assert model[0].config is model[2].config and model[0].config.heads == 3
@@ -104,7 +104,7 @@ def test_a_shared_config_is_copied_for_those_that_need_it() -> None:
 def test_what_the_model_remembers_of_other_weights_is_forgotten() -> None:
     model, x = Remembering().eval(), inputs()
     original = copy.deepcopy(model)
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     assert not model.known
     _agree(model, _masked(original, report.plan), x)
 
@@ -112,7 +112,7 @@ def test_what_the_model_remembers_of_other_weights_is_forgotten() -> None:
 def test_layers_with_different_heads() -> None:
     model: Any = nn.Sequential(Plain(), Plain(), Plain()).eval()
     original, x = copy.deepcopy(model), inputs()
-    report = sqa_fx.convert_(model, hq={"0": 3, "2": 1}, args=(x,))
+    report = sqa_fx.convert_(model, hq={"0": 3, "2": 1}, args=(x,), dynamic_shapes=None)
     _agree(model, _masked(original, report.plan), x)
     assert [m.heads for m in model] == [3, HEADS, 1]
 
@@ -120,7 +120,7 @@ def test_layers_with_different_heads() -> None:
 def test_a_record_makes_a_stock_model_take_the_weights() -> None:
     model: Any = nn.Sequential(Plain(), PerHead()).eval()
     x = inputs()
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     record = sqa_fx.Surgery.from_json(json.loads(json.dumps(report.surgery.to_json())))
     assert record == report.surgery
     stock: Any = nn.Sequential(Plain(), PerHead()).eval()
@@ -149,7 +149,7 @@ def test_a_cut_checkpoint_is_the_state_dict() -> None:
 
     model, x = PerHead().eval(), inputs()
     original = copy.deepcopy(model)
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     cuts = {p.name: p for p in report.layout.parameters}
     for name, tensor in original.state_dict().items():
         wanted = cut_tensor(tensor, cuts[name]) if name in cuts else tensor
@@ -164,7 +164,7 @@ def test_ties_flags_and_hooks_stay() -> None:
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda module, given, output: seen.append(output))
     model[0].v.weight.register_hook(lambda grad: grad * 0)
-    sqa_fx.convert_(model, hq=3, hkv=3, heads="first", args=(inputs(),))
+    sqa_fx.convert_(model, hq=3, hkv=3, heads="first", args=(inputs(),), dynamic_shapes=None)
     assert model[1].q.weight is model[0].q.weight and not model[0].k.weight.requires_grad
     assert model.training and model[1].training
     seen.clear()
@@ -176,7 +176,7 @@ def test_weight_norm_is_cut_where_it_is_parametrized() -> None:
     model = Plain().eval()
     torch.nn.utils.parametrizations.weight_norm(model.q)
     original, x = copy.deepcopy(model), inputs()
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     _agree(model, _masked(original, report.plan), x)
 
 
@@ -189,7 +189,7 @@ def test_parameters_of_other_kinds_are_refused() -> None:
     model.q.weight = _Packed(model.q.weight.detach())
     before = state(model)
     with pytest.raises(InputError, match="quantised and sharded"):
-        sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),))
+        sqa_fx.convert_(model, hq=3, hkv=3, args=(inputs(),), dynamic_shapes=None)
     assert state(model) == before
 
 
@@ -209,7 +209,7 @@ class _LowRank(nn.Module):
 
 def test_it_trains_and_takes_low_rank_updates() -> None:
     model, x = Plain().train(), inputs()
-    sqa_fx.convert_(model, hq=3, hkv=3, args=(x,))
+    sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), dynamic_shapes=None)
     model.q, model.o = _LowRank(model.q), _LowRank(model.o)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -224,15 +224,15 @@ def test_it_trains_and_takes_low_rank_updates() -> None:
 
 def test_a_call_that_the_user_names_is_proved_too() -> None:
     model, x = Plain().eval(), inputs()
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), also=[lambda m: m(x[:, :2])])
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=(x,), also=[lambda m: m(x[:, :2])], dynamic_shapes=None)
     assert report.proof.calls == ("also[0]",)
 
 
 def test_no_inputs_and_no_module() -> None:
     with pytest.raises(InputError, match="example inputs"):
-        sqa_fx.convert_(Plain().eval(), hq=3)
+        sqa_fx.convert_(Plain().eval(), hq=3, dynamic_shapes=None)
     with pytest.raises(InputError, match="Python code"):
-        sqa_fx.convert_(torch.fx.symbolic_trace(nn.Linear(2, 2)), hq=3)
+        sqa_fx.convert_(torch.fx.symbolic_trace(nn.Linear(2, 2)), hq=3, dynamic_shapes=None)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -240,7 +240,7 @@ def test_attention_of_torch_becomes_a_narrow_subclass(batch_first: bool) -> None
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 17, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).eval()
     original, x = copy.deepcopy(model), inputs()
-    report = sqa_fx.convert_(model, hq=4, hkv=2, args=(x,))
+    report = sqa_fx.convert_(model, hq=4, hkv=2, args=(x,), dynamic_shapes=None)
     oracle = _masked(original, report.plan)
     _agree(model, oracle, x)
     padding = torch.zeros(x.shape[:2] if batch_first else x.shape[1::-1], dtype=torch.bool)
@@ -265,7 +265,7 @@ def test_attention_of_torch_on_its_own(options: dict[str, Any]) -> None:
     model = nn.MultiheadAttention(WIDTH, HEADS, **options).eval()
     original, x = copy.deepcopy(model), inputs()
     args = (x, torch.randn(5, 7, options.get("kdim", WIDTH)), torch.randn(5, 7, options.get("vdim", WIDTH)))
-    report = sqa_fx.convert_(model, hq=3, hkv=3, args=args)
+    report = sqa_fx.convert_(model, hq=3, hkv=3, args=args, dynamic_shapes=None)
     oracle = _masked(original, report.plan)
     causal = torch.ones(3, 5, dtype=torch.bool).triu(1)
     with torch.no_grad():

@@ -85,7 +85,8 @@ def test_models(build: Build, hq: int, hkv: int) -> None:
     model, inputs = build()
     model.eval()
     original = copy.deepcopy(model)
-    report = sqa_fx.convert_(model, hq=hq, hkv=hkv, kwargs=inputs)
+    shapes = "auto" if build is _gpt2 else None  # what is changed hangs on no size
+    report = sqa_fx.convert_(model, hq=hq, hkv=hkv, kwargs=inputs, dynamic_shapes=shapes)
     assert type(model) is type(original) and report.proof.precision == "float64"
     assert all((site.hq, site.hkv) == (hq, hkv) for site in report.plan.sites)
     oracle = copy.deepcopy(original)
@@ -112,6 +113,6 @@ def test_more_query_heads_per_kv_head_than_the_code_can_group_are_refused() -> N
     model, inputs = _bert()
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     with pytest.raises(sqa_fx.SqaError, match="in place"):
-        sqa_fx.convert_(model.train(), hq=4, hkv=2, kwargs=inputs)
+        sqa_fx.convert_(model.train(), hq=4, hkv=2, kwargs=inputs, dynamic_shapes=None)
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
     assert all(module.training for module in model.modules())

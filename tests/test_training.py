@@ -58,7 +58,7 @@ def test_training_leaves_the_original_alone() -> None:
     ids = tokens(2, 7)
     model = Stack([FusedAttention(30, 6)], 30)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    converted = sqa_fx.convert(model, hq=3, hkv=3, args=(ids,))
+    converted = sqa_fx.convert(model, hq=3, hkv=3, args=(ids,), dynamic_shapes=None)
     optimiser = torch.optim.SGD(converted.parameters(), lr=0.1)
     converted(ids).sum().backward()
     optimiser.step()
@@ -136,7 +136,7 @@ def test_dropout_keeps_its_rate_and_mean() -> None:
 
 def test_train_after_eval_capture_warns() -> None:
     x = torch.randn(2, 7, 30)
-    converted = sqa_fx.convert(Dropping(True, 0.4, 0.4).eval(), hq=4, hkv=2, args=(x,))
+    converted = sqa_fx.convert(Dropping(True, 0.4, 0.4).eval(), hq=4, hkv=2, args=(x,), dynamic_shapes=None)
     with pytest.warns(UserWarning, match="captured in eval mode"):
         converted.train()
     assert torch.equal(converted(x), converted(x))
@@ -240,6 +240,6 @@ def test_layers_that_share_weights_keep_sharing(kind: str, tmp_path: Path) -> No
 def test_shared_weights_cannot_be_cut_in_two_ways() -> None:
     layer = FusedAttention(30, 6)
     model, ids = Stack([layer, layer], 30).eval(), tokens(2, 7)
-    names = [s.name for s in sqa_fx.inspect(model, args=(ids,)).sites]
+    names = [s.name for s in sqa_fx.inspect(model, args=(ids,), dynamic_shapes=None).sites]
     with pytest.raises(sqa_fx.SqaError, match=r"share|weight|parameter|conflict"):
-        sqa_fx.convert(model, hq={names[0]: 3, names[1]: 2}, args=(ids,))
+        sqa_fx.convert(model, hq={names[0]: 3, names[1]: 2}, args=(ids,), dynamic_shapes=None)

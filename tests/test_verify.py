@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 def _broken(parameter: str, precision: Precision = "float64") -> None:
     model = nn.Sequential(Block(), Block()).eval()
-    captured = capture(model, (torch.randn(3, 7, WIDTH),))
+    captured = capture(model, (torch.randn(3, 7, WIDTH),), dynamic_shapes=None)
     original = clone_graph(captured.graph_module)
     analysis = find_sites(captured.graph_module)
     plans = make_plan(analysis, 4, 2, "weights", "mean")
@@ -73,14 +73,14 @@ def test_a_silent_site_is_reported() -> None:
     with torch.no_grad():
         model.o.weight.zero_()
         model.o.bias.zero_()
-    report = sqa_fx.convert(model, hq=4, hkv=2, args=(torch.randn(3, 7, WIDTH),)).report
+    report = sqa_fx.convert(model, hq=4, hkv=2, args=(torch.randn(3, 7, WIDTH),), dynamic_shapes=None).report
     assert any("zeros" in note for note in report.notes)
 
 
 def test_native_precision() -> None:
     model = Block().to(torch.bfloat16).eval()
     x = torch.randn(3, 7, WIDTH, dtype=torch.bfloat16)
-    report = sqa_fx.convert(model, hq=4, hkv=2, args=(x,), verify="native").report
+    report = sqa_fx.convert(model, hq=4, hkv=2, args=(x,), verify="native", dynamic_shapes=None).report
     assert report.proof is not None
     assert report.proof["precision"] == "bfloat16"
 
