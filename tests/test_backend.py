@@ -29,7 +29,7 @@ def _loss(outputs: Any) -> Tensor:
 
 
 # Compiling with Inductor takes a minute, and it sees the same kinds of graph as aot_eager does; it always runs in
-# test_autocast and in test_caches_of_inductor_tell_options_apart.
+# test_caches_of_inductor_tell_options_apart.
 INNER = [
     *((name, "aot_eager") for name in ("gpt2", "llama_gqa", "bert", "vit", "torch_encoder")),
     *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("llama_gqa", "torch_encoder")),
@@ -40,12 +40,15 @@ INNER = [
 def test_numbers_and_gradients_are_those_of_convert(name: str, inner: str) -> None:
     case = CASES[name]
     model = perturb(case.build("sdpa" if "sdpa" in case.impls else case.impls[0])).eval()
+    for layers in ("transformer.h", "model.layers"):  # one is enough
+        if any(path == layers for path, _ in model.named_modules()):
+            del model.get_submodule(layers)[1:]  # type: ignore[operator]
     inputs = case.inputs(2, 7)
     compiled = compile_model(model, hq=0.5, hkv=0.25, inner=inner)
     outputs = compiled(**inputs)
     plan = sqa_fx.last_plan(model)
     ahead = converted(model, plan=plan, kwargs=inputs, dynamic_shapes=None)
-    assert len(plan.sites) == case.sites and ahead.plan.same_cuts(plan)
+    assert len(plan.sites) == 1 and ahead.plan.same_cuts(plan)
     assert_close(outputs, ahead(**inputs))
     _loss(outputs).backward()
     _loss(ahead(**inputs)).backward()
@@ -186,7 +189,7 @@ class Autocasting(nn.Module):
 
 
 @pytest.mark.parametrize("outside", [False, True])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_autocast(outside: bool, inner: str) -> None:
     torch.manual_seed(0)
     model, x = Autocasting(), noise(2, 5, 24)
@@ -368,6 +371,6 @@ def test_tokens_of_a_language_model_under_dynamic_shapes() -> None:
         first = compiled(input_ids=tokens(2, 7), use_cache=False)
         oracle = masked(model, sqa_fx.last_plan(model))
         assert_close(first.logits, oracle(input_ids=tokens(2, 7), use_cache=False).logits)
-        for batch, length in ((2, 11), (1, 13)):
+        for batch, length in ((2, 11), (3, 13)):
             ids = tokens(batch, length)
             assert_close(compiled(input_ids=ids, use_cache=False).logits, oracle(input_ids=ids, use_cache=False).logits)

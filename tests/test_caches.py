@@ -96,7 +96,12 @@ def test_keys_and_values_in_one_tensor() -> None:
 
 @pytest.mark.parametrize(
     ("way", "length"),  # "where" writes one position
-    [("index_copy", 1), ("index_copy", 3), ("index_put", 3), ("scatter", 3), ("where", 1)],
+    [
+        ("index_copy", 3),
+        ("index_put", 3),
+        ("where", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("index_copy", 1), ("scatter", 3))),
+    ],
 )
 def test_caches_written_in_place(way: str, length: int) -> None:
     model = perturb(Written(way).eval())
@@ -283,7 +288,8 @@ def _translator() -> Any:
 _GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0, "max_new_tokens": 32}
 
 
-@pytest.mark.parametrize("kind", ["decoder", "decoder static", "encoder-decoder"])
+# A static cache always decodes above.
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("decoder static", marks=pytest.mark.slow), "encoder-decoder"])
 def test_generate_gives_the_tokens_of_the_oracle(kind: str) -> None:
     library("transformers")
     model = _translator() if kind == "encoder-decoder" else _decoder(1 if "static" in kind else 2)

@@ -176,7 +176,7 @@ def test_static_keeps_the_sizes(model: Callable[[str], str], capsys: Capture) ->
 def test_export_converts_on_the_way(model: Callable[[str], str], capsys: Capture) -> None:
     pytest.importorskip("onnxruntime")
     assert main(["export", model("make"), "-o", "base.onnx"]) == 0
-    assert main(["export", model("make"), "--hq", "sSQA", "-o", "sqa.onnx"]) == 0
+    assert main(["export", model("make"), "--hq", "sSQA", "--static", "-o", "sqa.onnx"]) == 0
     capsys.readouterr()
     assert Path("sqa.onnx").stat().st_size < Path("base.onnx").stat().st_size
     assert main(["validate", model("make"), "base.onnx"]) == 0
@@ -243,7 +243,7 @@ def test_bad_requests(
     model: Callable[[str], str], capsys: Capture, arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     before = files()
-    assert main(["convert", model("make"), *arguments, "-o", "out"]) == 2
+    assert main(["convert", model("make"), "--static", *arguments, "-o", "out"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("sqa-fx: error: ")

@@ -16,6 +16,7 @@ from typing import Any
 import example_path  # noqa: F401 (finds the examples)
 import pytest
 import torch
+from beside_worker import start_another
 from huggingface_table import TEXT
 
 import sqa_fx
@@ -31,7 +32,7 @@ from sqa_fx.plan import Plan, SitePlan
 from sqa_fx.sibling import LARGEST, small_siblings
 from sqa_fx.stock_model import Stock, plain_fields, stock_of, stock_of_config
 
-FIELDS: dict[str, Any] = {**TEXT, "hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 2}
+FIELDS: dict[str, Any] = {**TEXT, "hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 1}
 
 
 def model() -> Any:
@@ -97,7 +98,7 @@ def test_a_class_without_such_a_config(tmp_path: Path) -> None:
 
     torch.manual_seed(2)
     config = transformers.BertConfig(
-        hidden_size=96, intermediate_size=72, num_hidden_layers=2, num_attention_heads=8, vocab_size=97
+        hidden_size=96, intermediate_size=72, num_hidden_layers=1, num_attention_heads=8, vocab_size=97
     )
     original = transformers.BertModel(config).eval()
     original.save_pretrained(tmp_path / "in")
@@ -188,17 +189,6 @@ def test_an_error_does_not_wait_for_the_proof(
     assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
 
 
-def _work(file: Path) -> None:
-    with cli_checkpoint._beside(_write_own_id, file) as answer:
-        answer()
-
-
-def _write_own_id(file: Path) -> None:
-    file.with_suffix(".new").write_text(str(os.getpid()))
-    file.with_suffix(".new").rename(file)
-    time.sleep(600)
-
-
 def runs(process: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_bytes() != b""  # empty: it ended, and nobody took note yet
@@ -209,7 +199,7 @@ def test_a_process_that_dies_and_one_that_is_left_alone(tmp_path: Path) -> None:
     with cli_checkpoint._beside(os._exit, 1) as answer, pytest.raises(BrokenProcessPool):
         answer()
     # Not forked: a process that has threads leaves its children locks that nobody opens.
-    starter = multiprocessing.get_context("spawn").Process(target=_work, args=(tmp_path / "id",))
+    starter = multiprocessing.get_context("spawn").Process(target=start_another, args=(tmp_path / "id",))
     starter.start()
     assert found(tmp_path / "id")
     worker, end = int((tmp_path / "id").read_text()), time.monotonic() + 10

@@ -275,7 +275,14 @@ SEEN: list[tuple[nn.Module, str, str]] = [
 UNSEEN = [EveryFrame(), PooledGate(), Plain(), OutputSquaredAcrossHeads(), TalkingHeads(True), TalkingHeads(False)]
 
 
-@pytest.mark.parametrize(("model", "name", "what"), [pytest.param(*c, id=f"{c[0]._get_name()}-{c[2]}") for c in SEEN])
+# LSTM stands for all recurrent layers of torch; the others are marked slow.
+SEEN_CASES = [
+    pytest.param(*c, id=f"{c[0]._get_name()}-{c[2]}", marks=[pytest.mark.slow] * (c[2] in ("GRU", "recurrent")))
+    for c in SEEN
+]
+
+
+@pytest.mark.parametrize(("model", "name", "what"), SEEN_CASES)
 def test_other_mixers_are_seen_and_left_alone(model: nn.Module, name: str, what: str) -> None:
     report = converted(Pair(Plain(), model).eval(), hq=2, args=(X,), dynamic_shapes=None).report
     assert [s.name for s in report.sites] == ["first"]
@@ -287,7 +294,10 @@ def test_other_mixers_are_seen_and_left_alone(model: nn.Module, name: str, what:
     assert Report.from_json(json.loads(json.dumps(report.to_json()))).other_mixers == report.other_mixers
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, id=m._get_name()) for m in UNSEEN])
+UNSEEN_CASES = [pytest.param(m, id=m._get_name(), marks=[pytest.mark.slow] * (i > 3)) for i, m in enumerate(UNSEEN)]
+
+
+@pytest.mark.parametrize("model", UNSEEN_CASES)
 def test_what_is_no_other_mixer(model: nn.Module) -> None:
     assert sqa_fx.inspect(Pair(Plain(), model).eval(), args=(X,), dynamic_shapes=None).other_mixers == []
 

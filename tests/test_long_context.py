@@ -33,6 +33,7 @@ def test_rows_and_resume(tmp_path: Path) -> None:
     assert out.with_suffix(".png").is_file()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def verdict(_: object, about: dict[str, str], name: str, *more: object) -> dict[str, Any]:
         if name == "baseline":

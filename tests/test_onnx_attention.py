@@ -180,15 +180,15 @@ def session(program: Any) -> Any:
 
 # One of each kind. The rest, masks of more shapes for example, is marked slow and exported in a graph of its own.
 SHORT = (
-    "gqa", "equal_heads", "one_kv_head", "one_value_head", "scale_negative", "causal", "causal_cross", "bool_LS",
-    "bool_B11S", "bool_BHLS", "bool_dead_rows", "float_HLS", "float_finfo_min", "float_dead_rows", "2d", "3d_mask",
-    "5d", "5d_mask_B111S", "one_batch_of_keys", "dynamic_heads_mask", "dynamic_heads_causal",
+    "gqa", "equal_heads", "one_kv_head", "scale_negative", "causal", "causal_cross", "bool_B11S", "bool_BHLS",
+    "bool_dead_rows", "float_finfo_min", "float_dead_rows", "2d", "5d_mask_B111S", "one_batch_of_keys",
+    "dynamic_heads_mask", "dynamic_heads_causal",
 )  # fmt: skip
 
 
 def names(opset: int, short: bool = True) -> tuple[str, ...]:
-    """The cases at an opset. Opset 23 writes attention with the op that 24 writes it with, so it gets every third."""
-    return tuple(name for name in CASES if (name in SHORT) == short)[:: 3 if opset == 23 else 1]
+    """The cases at an opset. Opset 23 writes attention with the op that 24 writes it with, so it gets a few."""
+    return tuple(name for name in CASES if (name in SHORT) == short)[:: 5 if opset == 23 else 1]
 
 
 @cache
@@ -385,7 +385,7 @@ def test_enable_gqa_survives_decomposition() -> None:
     assert (node.attributes["q_num_heads"].value, node.attributes["kv_num_heads"].value) == (HQ, HKV)
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", [18, pytest.param(23, marks=pytest.mark.slow), 24])
 def test_by_hand(opset: int) -> None:
     """Scores 0 and ln 3 give weights 1/4 and 3/4; the second query sees only the first key."""
 

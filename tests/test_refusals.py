@@ -226,7 +226,11 @@ def test_refused_with_reason_and_node(model: nn.Module, words: str, kind: Refusa
 
 
 # A shared weight is seen only when the graph is rewritten, and is then a PlanError.
-ALONE = [pytest.param(m, id=i) for i, m, _, kind in REFUSED if kind != "shared weights"]
+ALONE = [
+    pytest.param(m, id=i, marks=[pytest.mark.slow] * (number % 2))
+    for number, (i, m, _, kind) in enumerate(REFUSED)
+    if kind != "shared weights"
+]
 
 
 @pytest.mark.parametrize("model", ALONE)

@@ -183,7 +183,7 @@ DECOMPOSED = [  # every pair of values occurs
 def test_decomposed_attention_becomes_sdpa(style: str, mask: str, kv_heads: int) -> None:
     made: Mask = (lambda x, t: None) if mask == "none" else {**CAUSAL, **OTHERS}[mask]
     model = Attention(made, style, kv_heads).eval()
-    free = kv_heads < HEADS and style in ("divided", "upcast")
+    free = kv_heads < HEADS and style == "divided"
     shapes = "auto" if free else None
     converted = convert_now(model, hq=4, hkv=2, args=(torch.randn(3, 7, WIDTH),), dynamic_shapes=shapes)
     (node,) = _attention_nodes(converted.graph_module)

@@ -215,7 +215,9 @@ def test_fp32_attention_is_decomposed_and_said_so(single: torch.export.ExportedP
     ("form", "opset", "attention"),
     [
         ("root", 24, "1 attentions, form 'root' (1 causal): one fused kernel each ("),
-        ("masked", 24, "1 attentions, form 'masked' (0 causal): one fused kernel each ("),
+        pytest.param(
+            *("masked", 24, "1 attentions, form 'masked' (0 causal): one fused kernel each ("), marks=pytest.mark.slow
+        ),
         ("plain", 18, "1 attentions as MatMul and Softmax; whether they are fused is TensorRT's choice"),
     ],
 )

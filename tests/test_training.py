@@ -206,7 +206,7 @@ def test_tied_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
 def test_save_and_load_compute_the_same(tmp_path: Path) -> None:
     ids = tokens(2, 7)
     converted = sqa_fx.convert(
-        CASES["llama_gqa"].build("sdpa"), hq=4, hkv=2, kwargs={"input_ids": ids, "use_cache": False}
+        CASES["llama_mha"].build("sdpa"), hq=4, hkv=2, kwargs={"input_ids": ids, "use_cache": False}
     )
     converted.save(tmp_path / "saved")
     loaded = sqa_fx.load(tmp_path / "saved")
