@@ -84,19 +84,7 @@ def test_convert_by_data(case: Callable[..., list[str]], capsys: pytest.CaptureF
 
 
 def test_choices_and_fewer_batches(case: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = [
-        "--hq",
-        "3",
-        "--heads",
-        "fisher",
-        "--no-repair",
-        "--calibration-batches",
-        "1",
-        "--static",
-        "-o",
-        "out",
-        "--json",
-    ]
+    wanted = ["--hq", "3", "--heads", "fisher", "--no-repair", "--calibration-batches", "1", "-o", "out", "--json"]
     assert main(case("convert", *wanted)) == 0
     report = json.loads(capsys.readouterr().out)["report"]
     assert report["sites"][0]["error_after_repair"] is None
@@ -111,7 +99,7 @@ def test_values_stay(case: Callable[..., list[str]], capsys: pytest.CaptureFixtu
 
 
 def test_padded_rows_bring_their_mask(case: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(case("convert", "--hq", "auto:0.5", "--pad", "--static", "-o", "out")) == 0
+    assert main(case("convert", "--hq", "auto:0.5", "--pad", "-o", "out")) == 0
     assert "attention saw it" not in capsys.readouterr().out
     converted = sqa_fx.load("out")
     assert sorted(converted.example_kwargs) == ["attention_mask", "input_ids"]
@@ -119,7 +107,7 @@ def test_padded_rows_bring_their_mask(case: Callable[..., list[str]], capsys: py
 
 
 def test_data_tells_what_the_inputs_are(case: Callable[..., list[str]]) -> None:
-    assert main(case("convert", "--hq", "3", "--static", "-o", "out", model="silent")) == 0
+    assert main(case("convert", "--hq", "3", "-o", "out", model="silent")) == 0
     assert sqa_fx.load("out").example_kwargs["input_ids"].shape == (4, 8)
 
 
