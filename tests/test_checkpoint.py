@@ -45,6 +45,7 @@ def model() -> nn.Module:
         num_key_value_heads=4,
         head_dim=6,
         vocab_size=97,
+        architectures=["LlamaForCausalLM"],  # as save_pretrained writes it, which not every test has run before
     )
     made: nn.Module = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
     return made
