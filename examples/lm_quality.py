@@ -157,7 +157,7 @@ def convert_part(quality: Quality) -> None:
             for repair, repaired in REPAIRS.items():
                 done = quality.converted(base, variant, heads=score, kv_merge="mean", repair=repair)
                 quality.add(variant, f"{score}, mean{repaired}", quality.loss(done))
-    for merge in ("select", "mean", "aligned", "joint"):
+    for merge in ("select", "aligned", "joint"):
         for repair, repaired in REPAIRS.items():
             done = quality.converted(base, "SQA", heads="reconstruct", kv_merge=merge, repair=repair)
             quality.add("SQA", f"reconstruct, {merge}{repaired}", quality.loss(done))

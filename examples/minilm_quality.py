@@ -34,6 +34,12 @@ WITH_DATA: dict[str, dict[str, Any]] = {
     for name in ("importance", "activation", "wifv", "taylor", "fisher", "reconstruct")
 }
 
+REPAIRED: dict[str, dict[str, Any]] = {
+    "importance, repaired": {"heads": "importance"},
+    "fisher, repaired": {"heads": "fisher"},
+    "reconstruct, outputs repaired": {"repair": "outputs"},
+}
+
 
 def batches(texts: list[str], folder: Path, size: int, device: str) -> Batches:
     """Texts as batches of ids and mask, [batch, 128]; whole batches only."""
@@ -122,14 +128,9 @@ def main() -> None:
             data: dict[str, Any] = {**choice, **({"calibration": calibration} if name in WITH_DATA else {})}
             add(heads, name, sqa_fx.convert(model, **request, **data, verify=False), start)
         repaired: dict[str, Any] = {"calibration": calibration}
-        for name in ("importance", "fisher") if "repair" in options.parts else ():
+        for name, how in REPAIRED.items() if "repair" in options.parts else ():
             start = time.perf_counter()
-            how = {**WITH_DATA[name], "repair": True}
-            add(heads, f"{name}, repaired", sqa_fx.convert(model, **request, **repaired, **how), start)
-        if "repair" in options.parts:
-            start = time.perf_counter()
-            outputs = sqa_fx.convert(model, **request, **repaired, repair="outputs")
-            add(heads, "reconstruct, outputs repaired", outputs, start)
+            add(heads, name, sqa_fx.convert(model, **request, **repaired, **how), start)
         if "heal" in options.parts:
             start = time.perf_counter()
             best = sqa_fx.convert(model, **request, **repaired)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from sqa_fx.passes.allowed_rotations import KEYS, VALUES, allowed_rotations, rotations_of
-from sqa_fx.passes.graph import attribute
 from sqa_fx.passes.pairing import Likeness
+from sqa_fx.passes.projection import weight_of
 from sqa_fx.passes.rotation import Structure
 from sqa_fx.passes.site import Site
 from sqa_fx.passes.site_projections import HeadProjection, input_projection, output_projection
@@ -133,12 +133,11 @@ def begin(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, SiteStatis
         output = output_projection(module, site)
         if output is None:
             continue
-        weight = attribute(module, output.made.weight).detach()
         queries, keys, values = (input_projection(module, site, role) for role in "qkv")
         empty = torch.zeros(site.heads, dtype=torch.float64)
         found[site.name] = SiteStatistics(
             projection=output,
-            weight=output.made.matrix(weight),
+            weight=weight_of(module, output.made),
             has_bias=output.made.bias is not None,
             query_projection=queries,
             key_projection=keys,

@@ -71,6 +71,12 @@ class Projection:
             stride *= size
         return self.index // stride % shape[axis]
 
+    def line(self, shape: Sequence[int], axis: int, columns: bool) -> Tensor | None:
+        """`along` for each column, or each row, of the matrix; None where it differs within one."""
+        along = self.along(shape, axis)
+        first = along[:1] if columns else along[:, :1]
+        return first.flatten() if bool((along == first).all()) else None
+
 
 def projection(module: fx.GraphModule, node: fx.Node) -> Projection | None:
     """``node`` as a matrix product of activations with a parameter; None when it is none, or when batches, groups or a
@@ -190,6 +196,21 @@ def readers(module: fx.GraphModule, parameter: fx.Node) -> list[Projection]:
             elif (made := projection(module, user)) is not None and made.weight == str(parameter.target):
                 found.append(made)
     return found
+
+
+def read_elsewhere(module: fx.GraphModule, made: Projection) -> str:
+    """Why the parameters of a projection cannot be changed: something else reads them; '' when nothing does."""
+    for name in (made.weight, made.bias):
+        nodes = [n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == name]
+        if any(len(n.users) != 1 for n in nodes) or len(nodes) > 1:
+            return f"parameter {name} is read in several places"
+    node = next(n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == made.weight)
+    return "" if len(readers(module, node)) == 1 else f"parameter {made.weight} is read in several places"
+
+
+def weight_of(module: fx.GraphModule, made: Projection) -> Tensor:
+    """The matrix W [out, in] of a projection."""
+    return made.matrix(torch.as_tensor(attribute(module, made.weight)).detach())
 
 
 def bias_of(module: fx.GraphModule, made: Projection) -> Tensor | None:

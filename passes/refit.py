@@ -76,10 +76,21 @@ class Sums:
     def fit(self, old: Tensor, has_bias: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] with lambda ``ridge`` (relative to the mean diagonal)."""
         xx, tx = self.centred() if has_bias else (self.xx, self.tx)
-        strength = ridge * xx.diagonal().mean().clamp(min=1e-30)
-        eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        weight = torch.linalg.solve(xx + strength * eye, (tx + strength * old).T).T
-        return weight, (self.t - weight @ self.x) / self.count if has_bias else None
+        weight = drawn_to(old, xx, tx, ridge)
+        return weight, self.offset(weight) if has_bias else None
+
+    def offset(self, weight: Tensor) -> Tensor:
+        """The best bias [out] beside ``weight``."""
+        return (self.t - weight @ self.x) / self.count
+
+
+def drawn_to(old: Tensor, xx: Tensor, tx: Tensor, ridge: float) -> Tensor:
+    """W [out, in] that minimises sum |t - W x|^2 + lambda |W - ``old``|^2, lambda being ``ridge`` times the mean
+    diagonal of ``xx``."""
+    strength = ridge * xx.diagonal().mean().clamp(min=1e-30)
+    eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    found: Tensor = torch.linalg.solve(xx + strength * eye, (tx + strength * old).T).T
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sqa_fx.passes.refit import Refit, Sums
+from sqa_fx.passes.refit import Refit, Sums, drawn_to
 
 GRID = (1.0, 1e-1, 1e-2, 1e-3)
 """lambda, relative to the mean diagonal of the second moments; strongest first, as each fit starts from the last."""
@@ -47,7 +47,7 @@ def refit_values(
     for ridge in GRID:
         found = problem.fit(found, ridge)
         weight = found.whole(reads)
-        error = held_out.error(weight, _offset(train, weight) if has_bias else None) / spread
+        error = held_out.error(weight, train.offset(weight) if has_bias else None) / spread
         if best is not None and not error < best[0]:
             break
         best = (error, ridge, found)
@@ -56,12 +56,8 @@ def refit_values(
         return None
     total = train + held_out
     won = _Problem(total, old, reads, has_bias).fit(best[2], best[1])
-    offset = _offset(total, won.whole(reads)) if has_bias else None
+    offset = total.offset(won.whole(reads)) if has_bias else None
     return won, Refit(won.outputs.flatten(1), offset, best[1], better_than.before, best[0])
-
-
-def _offset(sums: Sums, weight: Tensor) -> Tensor:
-    return (sums.t - weight @ sums.x) / sums.count
 
 
 class _Problem:
@@ -97,10 +93,7 @@ class _Problem:
         both = left.view(self.heads, size, self.heads, self.channels)
         xx = torch.einsum("iejc,jfc->iejf", both, of_heads).reshape(self.heads * size, -1).double()
         tx = torch.einsum("oic,iec->oie", self.tx.view(-1, self.heads, self.channels), of_heads).flatten(1).double()
-        strength = ridge * xx.diagonal().mean().clamp(min=1e-30)
-        xx = (xx + xx.T) / 2 + strength * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        old = self.old.outputs.flatten(1)
-        found: Tensor = torch.linalg.solve(xx, (tx + strength * old).T).T
+        found = drawn_to(self.old.outputs.flatten(1), (xx + xx.T) / 2, tx, ridge)
         return found.float().view(-1, self.heads, size)
 
     def _values(self, outputs: Tensor, values: Tensor, ridge: float, inverse: Tensor) -> Tensor:

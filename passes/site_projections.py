@@ -66,9 +66,8 @@ def _heads(
     members: list[tuple[int, int]],
     columns: bool,
 ) -> tuple[Tensor, ...] | None:
-    along = made.along(attribute_shape(module, use), use.axis)
-    line = along[0] if columns else along[:, 0]
-    if not bool((along == (line[None, :] if columns else line[:, None])).all()):
+    line = made.line(attribute_shape(module, use), use.axis, columns)
+    if line is None:
         return None
     heads = []
     for member in members:

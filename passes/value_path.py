@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sqa_fx.passes.graph import attribute
-from sqa_fx.passes.projection import Projection, bias_of, readers
+from sqa_fx.passes.projection import Projection, bias_of, read_elsewhere, readers, weight_of
 from sqa_fx.passes.refit_values import Maps
 from sqa_fx.passes.site import Site
 from sqa_fx.passes.site_projections import HeadProjection
@@ -34,7 +34,7 @@ class ValuePath:
     """``made`` is the projection of the values in the converted graph; ``rows`` [kv_heads, head_dim] are the rows of
     its matrix that each KV head has, ``columns`` [query_heads, head_dim] those of the output projection's input,
     ``reads`` [query_heads] the KV head of each query head. ``weight`` [channels, in] and ``bias`` are the original's,
-    KV head after KV head. ``nodes`` lie between, up to the output projection's input, and read ``given`` besides."""
+    KV head after KV head. ``between`` runs what lies on the way."""
 
     module: fx.GraphModule
     made: Projection
@@ -43,12 +43,11 @@ class ValuePath:
     reads: Tensor
     weight: Tensor
     bias: Tensor | None
-    nodes: tuple[fx.Node, ...]
-    given: tuple[fx.Node, ...]
+    between: _Between
 
     def maps(self, output: Tensor) -> Maps:
         """O and T of the converted graph as it is; ``output`` [out, in] is the output projection's matrix."""
-        own = self.made.matrix(torch.as_tensor(attribute(self.module, self.made.weight)).detach()).double()
+        own = weight_of(self.module, self.made).double()
         original = self.weight.double()
         bias = bias_of(self.module, self.made)
         if bias is not None and self.bias is not None:
@@ -75,13 +74,12 @@ class ValuePath:
         """The output projection's input for other values [n, kv_heads * head_dim] of the KV heads."""
         rows = self.made.rows_out(values[self.made.node]).clone()
         rows[:, self.rows.flatten().to(rows.device)] = given
-        run = _Between(self.module, {**values, self.made.node: self.made.value(rows, values[self.made.node])})
-        return run.through(self.nodes)
+        return self.between.end({**values, self.made.node: self.made.value(rows, values[self.made.node])})
 
     @property
     def wanted(self) -> tuple[fx.Node, ...]:
         """The nodes whose values `features` wants."""
-        return (self.made.node, self.made.activation, *self.given)
+        return (self.made.node, self.made.activation, *self.between.given)
 
     def holds(
         self,
@@ -106,7 +104,7 @@ class ValuePath:
 
     def fitted(self, maps: Maps) -> tuple[Tensor, Tensor | None]:
         """The projection's new matrix and bias."""
-        own = self.made.matrix(torch.as_tensor(attribute(self.module, self.made.weight)).detach()).double().clone()
+        own = weight_of(self.module, self.made).double().clone()
         rows = self.rows.to(own.device)
         own[rows] = maps.values @ self.weight.double()
         bias = bias_of(self.module, self.made)
@@ -117,18 +115,25 @@ class ValuePath:
 
 
 class _Between(Widened):
-    """Runs some nodes of a graph where the values of all that they read are known."""
+    """Runs the ``nodes`` that lie between ``start`` and ``end``, which read ``given`` besides. There are none where
+    ``end`` does not depend on ``start``."""
 
-    def __init__(self, module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
+    def __init__(self, module: fx.GraphModule, start: fx.Node, end: fx.Node) -> None:
         super().__init__(module, wide=False)
-        self.env = dict(values)
+        after = _closure(start, lambda n: n.users)
+        before = _closure(end, lambda n: n.all_input_nodes) | {end}
+        self.nodes = [n for n in module.graph.nodes if n in after and n in before]
+        inside = {start, *self.nodes}
+        self.given = tuple(dict.fromkeys(i for n in self.nodes for i in n.all_input_nodes if i not in inside))
 
-    def through(self, nodes: Sequence[fx.Node]) -> Tensor:
-        """The value of the last node."""
+    def end(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """The value of the last node for ``values`` of the first and of those that are given."""
+        self.env = dict(values)
         with torch.no_grad():
-            for node in nodes:
+            for node in self.nodes:
                 self.env[node] = self.run_node(node)
-        result = self.env[nodes[-1]]
+        result = self.env[self.nodes[-1]]
+        self.env = {}
         assert isinstance(result, Tensor)
         return result
 
@@ -156,31 +161,30 @@ def value_path(
         return f"{width} features take too long on a CPU; with model and data on a GPU they are fitted"
     leaves = [n for n in converted.graph.find_nodes(op="get_attr") if str(n.target) == values.made.weight]
     made = [p for leaf in leaves for p in readers(converted, leaf)]
-    if len(made) != 1 or len(leaves[0].users) != 1:
+    if len(made) != 1:
         return f"parameter {values.made.weight} is read in several places"
+    if why := read_elsewhere(converted, made[0]):
+        return why
     rows = _lines(converted, made[0], plan, "v", values, site.model_kv_heads)
     columns = _lines(converted, output, plan, "o", before.projection, site.model_heads)
     if rows is None or columns is None or len(rows) != sizes.hkv or len(columns) != sizes.hq:
         return "its heads do not lie apart in the projections"
-    between = _between(made[0].node, output.activation)
-    if not between or _reaches_output(made[0].node, output.node):
+    between = _Between(converted, made[0].node, output.activation)
+    if not between.nodes or _reaches_output(made[0].node, output.node):
         return "its values are read beside the attention"
-    inside = {made[0].node, *between}
-    given = dict.fromkeys(i for n in between for i in n.all_input_nodes if i not in inside)
     reads = torch.arange(sizes.hq) * sizes.hkv // sizes.hq
     order = torch.cat(list(values.heads))
-    held = torch.as_tensor(attribute(original, values.made.weight)).detach()
+    weight = weight_of(original, values.made)
     bias = bias_of(original, values.made)
     return ValuePath(
         module=converted,
         made=made[0],
         rows=rows,
         columns=columns,
-        reads=reads.to(held.device),
-        weight=values.made.matrix(held)[order.to(held.device)],
+        reads=reads.to(weight.device),
+        weight=weight[order.to(weight.device)],
         bias=None if bias is None else bias[order.to(bias.device)],
-        nodes=tuple(between),
-        given=tuple(given),
+        between=between,
     )
 
 
@@ -195,22 +199,14 @@ def _lines(
     blocks = [b for b in cuts[0].blocks if b.role == role]
     if len(cuts) > 1 or not blocks:
         return None
-    along = made.along(tuple(attribute(module, made.weight).shape), cuts[0].axis)
-    line, other = (along[0], along[:1]) if role == "o" else (along[:, 0], along[:, :1])
-    if not bool((along == other).all()):
+    line = made.line(tuple(attribute(module, made.weight).shape), cuts[0].axis, columns=role == "o")
+    if line is None:
         return None
     heads: dict[int, list[Tensor]] = {}
     for block in blocks:
         heads.setdefault(block.head, []).extend(torch.nonzero(line == e).flatten() for e in from_ranges(block.to))
     found = [torch.cat(heads[h]) for h in sorted(heads)]
     return torch.stack(found) if len({f.numel() for f in found}) == 1 else None
-
-
-def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The nodes that depend on ``start`` and that ``end`` depends on, and ``end``, in order."""
-    after = _closure(start, lambda n: n.users)
-    before = _closure(end, lambda n: n.all_input_nodes) | {end}
-    return [n for n in start.graph.nodes if n in after and n in before]
 
 
 def _reaches_output(start: fx.Node, without: fx.Node) -> bool:

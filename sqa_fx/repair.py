@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sqa_fx.calibration import Batch, Spool
 from sqa_fx.passes.cut_nodes import Holders
 from sqa_fx.passes.graph import attribute
-from sqa_fx.passes.projection import Projection, bias_of, projection, readers
+from sqa_fx.passes.projection import Projection, bias_of, projection, read_elsewhere, weight_of
 from sqa_fx.passes.refit import Refit, Sums, refit
 from sqa_fx.passes.refit_values import refit_values
 from sqa_fx.passes.residual import Junction, junction
@@ -35,14 +35,10 @@ HELD_OUT = 4
 
 @dataclass
 class Repair:
-    """What was fitted again: new tensors by parameter, the errors by site, and why sites were left as they are.
-
-    ``values`` are the sites whose values were fitted too.
-    """
+    """What was fitted again: new tensors by parameter, the errors by site, and why sites were left as they are."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Refit] = field(default_factory=dict)
-    values: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,14 +67,11 @@ def repair(
         if made is None or was is None:
             result.notes.append(f"site {site!r} is not repaired: its output projection is not one matrix")
             continue
-        why = _read_elsewhere(converted, made) or _not_alone(made, plan)
+        why = read_elsewhere(converted, made) or _not_alone(made, plan)
         if why:
             result.notes.append(f"site {site!r} is not repaired: {why}")
             continue
-        path: ValuePath | str | None = None
-        if site in before:
-            path = value_path(original, converted, plan, *before[site], made)
-            path = path if isinstance(path, str) else _read_elsewhere(converted, path.made) or path
+        path = value_path(original, converted, plan, *before[site], made) if site in before else None
         fit = _Fit(converted, made, path if isinstance(path, ValuePath) else None)
         fit.read(original, was, _residuals(first, right), spool, was.activation in turned)
         why = path if isinstance(path, str) else fit.not_linear
@@ -88,19 +81,7 @@ def repair(
             result.notes.append(f"site {site!r} is not repaired: no sample is left to hold out (one in {HELD_OUT} is)")
             continue
         result.sites[site] = fit.put(result)
-        if fit.fitted_values:
-            result.values.append(site)
     return result
-
-
-def _read_elsewhere(module: fx.GraphModule, made: Projection) -> str:
-    """Why the parameters of a projection cannot be changed: something else reads them; '' when nothing does."""
-    for name in (made.weight, made.bias):
-        nodes = [n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == name]
-        if any(len(n.users) != 1 for n in nodes) or len(nodes) > 1:
-            return f"parameter {name} is read in several places"
-    node = next(n for n in module.graph.find_nodes(op="get_attr") if str(n.target) == made.weight)
-    return "" if len(readers(module, node)) == 1 else f"parameter {made.weight} is read in several places"
 
 
 def _not_alone(made: Projection, plan: Plan) -> str:
@@ -128,7 +109,7 @@ class _Fit:
 
     def __init__(self, module: fx.GraphModule, made: Projection, path: ValuePath | None) -> None:
         self.module, self.made, self.path = module, made, path
-        self.weight = made.matrix(torch.as_tensor(attribute(module, made.weight)).detach()).double()
+        self.weight = weight_of(module, made).double()
         bias = bias_of(module, made)
         self.bias = None if bias is None else bias.double()
         out, width = self.weight.shape
@@ -137,7 +118,6 @@ class _Fit:
         self.maps = None if path is None else path.maps(self.weight)
         self.features: tuple[Sums, Sums] | None = None
         self.not_linear = ""
-        self.fitted_values = False
 
     def read(
         self,
@@ -199,7 +179,6 @@ class _Fit:
         if both is not None and self.path is not None:
             maps, found = both
             _put(self.module, self.path.made, *self.path.fitted(maps), result)
-            self.fitted_values = True
             assert found.weight is not None
             weight = self.weight.clone()
             weight[:, self.path.columns.flatten().to(weight.device)] = found.weight

@@ -371,6 +371,6 @@ def test_tokens_of_a_language_model_under_dynamic_shapes() -> None:
         first = compiled(input_ids=tokens(2, 7), use_cache=False)
         oracle = masked(model, sqa_fx.last_plan(model))
         assert_close(first.logits, oracle(input_ids=tokens(2, 7), use_cache=False).logits)
-        for batch, length in ((2, 11), (3, 13)):
+        for batch, length in ((2, 11), (1, 13)):
             ids = tokens(batch, length)
             assert_close(compiled(input_ids=ids, use_cache=False).logits, oracle(input_ids=ids, use_cache=False).logits)
